@@ -1,0 +1,33 @@
+"""Errors a user of fastprune can meet, and the hint that goes with a misspelt name."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from difflib import get_close_matches
+
+
+class FastpruneError(RuntimeError):
+    """Base of every error of ours that is not a plain ``ValueError`` about an argument."""
+
+
+class BackendError(FastpruneError):
+    """A backend was asked for by name and cannot take this call."""
+
+
+class GraphError(FastpruneError):
+    """The channel graph cannot be built, or a shrunk model does not compute what its masked model computes."""
+
+
+class DataError(FastpruneError):
+    """A data set is missing, incomplete or damaged."""
+
+
+class TrainingError(FastpruneError):
+    """Training cannot go on, for example because the loss is not finite."""
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """The tail of an "unknown name" error: the nearest known name, if one is near, and all of them."""
+    known = sorted(known)
+    near = get_close_matches(name, known, n=1)
+    return (f"; did you mean {near[0]!r}?" if near else ".") + f" Known: {', '.join(known)}"

@@ -1,0 +1,302 @@
+"""Batch norm, bounded or free scale, then an optional residual add and an optional ReLU, in one op."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastprune import backends
+
+
+def batch_norm_act(
+    x: Tensor,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    running_mean: Tensor | None = None,
+    running_var: Tensor | None = None,
+    num_batches_tracked: Tensor | None = None,
+    *,
+    residual: Tensor | None = None,
+    act: str | None = None,
+    bound: str | None = None,
+    training: bool = True,
+    momentum: float | None = 0.1,
+    eps: float = 1e-5,
+    gate_grad: Tensor | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    r"""Batch norm with scale ``weight`` or ``sigmoid(weight)``, then ``+ residual``, then ReLU.
+
+    .. math:: y = \mathrm{act}(z + r), \quad z = s\,\hat x + b, \quad \hat x = (x - \mu) / \sqrt{\sigma^2 + \epsilon}
+
+    with :math:`s = \mathrm{weight}`, or :math:`\mathrm{sigmoid}(\mathrm{weight})` for ``bound="sigmoid"``.  Mean and
+    variance are those of the batch (``training``) or the running ones.  Differentiable twice.
+
+    The *gate gradient* costs no extra pass: imagine a gate of value 1 on each channel of each sample, multiplying
+    ``z``; its gradient is :math:`S_{nc} = \sum_{hw} dz\, z = s_c \sum dz\,\hat x + b_c \sum dz`, sums that the backward
+    of a batch norm makes anyway.
+
+    Args:
+        x: Activations, (N, C, H, W), float32, bfloat16, float16 (GPU; eager on CPU) or float64 (eager); NCHW or
+            channels_last.  Tensors that are neither (slices, transposes) run on eager, or are refused in words by a
+            backend that was named.
+        weight: (C,), dtype of ``x`` or float32; None is a scale of 1.
+        bias: (C,), as ``weight``; None is 0.
+        running_mean, running_var: (C,), as ``weight``; updated in place in training (the variance by the unbiased one).
+        num_batches_tracked: int64 scalar, incremented in training.
+        residual: Added before the activation, shape and dtype of ``x``.
+        act: ``"relu"`` or None.
+        bound: ``"sigmoid"`` or None.
+        training: Normalise by the statistics of the batch.
+        momentum: Weight of the new statistics; None is the cumulative average over ``num_batches_tracked`` batches.
+        eps: Added to the variance.
+        gate_grad: Buffer, (N, C), float32 (float64 for float64 ``x``), contiguous; overwritten with ``S`` by each
+            backward.
+        backend: Force one backend; the default is the table in :mod:`fastprune.backends`.
+
+    Returns: (N, C, H, W), dtype and memory format of ``x``.
+
+    Raises:
+        ValueError: A shape, dtype, device or name does not fit, or there is one value per channel in training.
+        BackendError: ``backend`` was named and cannot take this call.
+
+    Source: Ioffe and Szegedy, 2015, arXiv:1502.03167; sigmoid bound, Suteu and Guo, 2022, arXiv:2204.06404; gates,
+    Molchanov et al., CVPR 2019, arXiv:1906.10771, and Theis et al., 2018, arXiv:1801.05787.
+    """
+    tensors = (x, weight, bias, residual, running_mean, running_var, num_batches_tracked)
+    _check(*tensors, act, bound, training, momentum, gate_grad)
+    name = backends.select("batch_norm_act", backend, *tensors)
+    run = backends.eager("batch_norm_act") if name == "eager" else _compiled
+    return run(tensors, (training, momentum, eps, bound == "sigmoid", act == "relu"), gate_grad, name)
+
+
+def _check(x, weight, bias, residual, running_mean, running_var, tracked, act, bound, training, momentum, gate_grad):
+    if x.dim() != 4:
+        raise ValueError(f"batch_norm_act: expected x (N, C, H, W), got {x.dim()} dimensions, {tuple(x.shape)}")
+    if not x.is_floating_point():
+        raise ValueError(f"batch_norm_act: expected a floating-point x, got {x.dtype}")
+    if act not in (None, "relu"):
+        raise ValueError(f"batch_norm_act: act must be 'relu' or None, got {act!r}")
+    if bound not in (None, "sigmoid"):
+        raise ValueError(f"batch_norm_act: bound must be 'sigmoid' or None, got {bound!r}")
+    if bound and weight is None:
+        raise ValueError("batch_norm_act: bound='sigmoid' needs a weight, got None")
+    C = x.shape[1]
+    for name, t in (("weight", weight), ("bias", bias), ("running_mean", running_mean), ("running_var", running_var)):
+        if t is None:
+            continue
+        if t.dim() != 1 or t.shape[0] != C:
+            raise ValueError(f"batch_norm_act: expected {name} ({C},) for x {tuple(x.shape)}, got {tuple(t.shape)}")
+        if t.device != x.device or (t.dtype != x.dtype and t.dtype != torch.float32):
+            raise ValueError(
+                f"batch_norm_act: {name} is {t.dtype} on {t.device}, x is {x.dtype} on {x.device}; "
+                f"expected {x.dtype} or torch.float32 on the same device"
+            )
+    if (running_mean is None) != (running_var is None):
+        raise ValueError("batch_norm_act: running_mean and running_var go together, got only one of them")
+    if residual is not None and (residual.shape != x.shape or residual.dtype != x.dtype or residual.device != x.device):
+        raise ValueError(
+            f"batch_norm_act: expected residual like x, {tuple(x.shape)} {x.dtype} on {x.device}, "
+            f"got {tuple(residual.shape)} {residual.dtype} on {residual.device}"
+        )
+    if training:
+        if x.numel() == C:  # PyTorch's words
+            raise ValueError(f"Expected more than 1 value per channel when training, got input size {x.shape}")
+        if momentum is None and running_mean is not None and tracked is None:
+            raise ValueError("batch_norm_act: momentum=None (cumulative average) needs num_batches_tracked, got None")
+    elif running_mean is None:
+        raise ValueError("batch_norm_act: training=False needs running_mean and running_var, got None")
+    if gate_grad is not None:
+        acc = torch.promote_types(x.dtype, torch.float32)
+        fits = gate_grad.shape == x.shape[:2] and gate_grad.dtype == acc and gate_grad.device == x.device
+        if not fits or not gate_grad.is_contiguous():
+            raise ValueError(
+                f"batch_norm_act: expected gate_grad {tuple(x.shape[:2])} {acc} contiguous on {x.device}, "
+                f"got {tuple(gate_grad.shape)} {gate_grad.dtype} on {gate_grad.device}"
+            )
+
+
+def _eager(tensors, flags, gate_grad, _):
+    x, weight, bias, residual, running_mean, running_var, tracked = tensors
+    training, momentum, eps, sigmoid, relu = flags
+    if training and tracked is not None:
+        tracked.add_(1)
+    if momentum is None:
+        momentum = 1.0 / tracked.item() if training and tracked is not None else 0.0
+    scale = weight.sigmoid() if sigmoid else weight
+    # F.batch_norm wants one dtype for parameters and statistics; casting (C,) costs nothing.  x is never cast.
+    mean, var = running_mean, running_var
+    if len({t.dtype for t in (scale, bias, mean, var) if t is not None}) > 1:
+        scale, bias, mean, var = (None if t is None else t.float() for t in (scale, bias, mean, var))
+    z = F.batch_norm(x, mean, var, scale, bias, training, momentum, eps)
+    if training and running_mean is not None and mean is not running_mean:
+        running_mean.copy_(mean)
+    if training and running_var is not None and var is not running_var:
+        running_var.copy_(var)
+    if gate_grad is not None:
+        z = _GateProbe.apply(z, gate_grad)
+    if residual is not None:
+        z = z + residual
+    return z.relu() if relu else z
+
+
+class _GateProbe(torch.autograd.Function):
+    """Identity whose backward writes the per-sample gate gradient: the definition, with a pass of its own."""
+
+    @staticmethod
+    def forward(ctx, z, gate_grad):
+        ctx.save_for_backward(z)
+        ctx.gate_grad = gate_grad
+        return z.view_as(z)
+
+    @staticmethod
+    def backward(ctx, dz):
+        (z,) = ctx.saved_tensors
+        with torch.no_grad():
+            ctx.gate_grad.copy_((dz.to(ctx.gate_grad.dtype) * z).sum((2, 3)))
+        return dz, None
+
+
+def _compiled(tensors, flags, gate_grad, backend):
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors[:4]):
+        return _BatchNormAct.apply(*tensors, *flags, gate_grad, backend)
+    return getattr(torch.ops.fastprune.batch_norm_act, backend)(*tensors, *flags, False)[0]
+
+
+class _BatchNormAct(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight, bias, residual, *rest):
+        *rest, gate_grad, backend = rest
+        training, _, eps, sigmoid, relu = rest[3:]
+        masked = relu and residual is not None  # without a residual the backward finds the ReLU's mask again from x
+        run = getattr(torch.ops.fastprune.batch_norm_act, backend)
+        y, stats, mask = run(x, weight, bias, residual, *rest, masked)
+        bits = masked and mask.numel() > 0
+        ctx.save_for_backward(x, weight, bias, stats, y if masked and not bits else None, mask if bits else None)
+        ctx.flags, ctx.has_residual = (training, eps, sigmoid, relu), residual is not None
+        ctx.gate_grad, ctx.backend = gate_grad, backend
+        return y
+
+    @staticmethod
+    def backward(ctx, dy):
+        x, weight, bias, _, _, _ = saved = ctx.saved_tensors
+        relu = ctx.flags[3]
+        if dy.stride() != x.stride():
+            dy = torch.empty_like(x).copy_(dy)  # sum() has a stride-0 gradient; the kernels want the layout of x
+        need_dx, need_dresidual = ctx.needs_input_grad[0], ctx.has_residual and ctx.needs_input_grad[3]
+        # Grad mode is on only under create_graph=True: the gradient must then be made of differentiable operations.
+        if torch.is_grad_enabled():
+            dx, dweight, dbias, dresidual = _differentiable_backward(dy, *saved, ctx.gate_grad, *ctx.flags)
+        else:
+            run = getattr(torch.ops.fastprune.batch_norm_act_backward, ctx.backend)
+            needs = (need_dx, need_dresidual and relu)
+            dx, dweight, dbias, dresidual = run(dy, *saved, ctx.gate_grad, *ctx.flags, *needs)
+            if not relu:
+                dresidual = dy
+        return (
+            dx if need_dx else None,
+            None if weight is None else dweight,
+            None if bias is None else dbias,
+            dresidual if need_dresidual else None,
+            *(None,) * 10,
+        )
+
+
+def _differentiable_backward(dy, x, weight, bias, stats, y, mask, gate_grad, training, eps, sigmoid, relu):
+    """The backward in plain PyTorch, from ``x`` on, so that it has derivatives of its own."""
+    acc = torch.promote_types(x.dtype, torch.float32)
+
+    def column(t):
+        return t.view(1, -1, 1, 1)
+
+    xf, dz = x.to(acc), dy.to(acc)
+    if training:
+        mean, rstd = xf.mean((0, 2, 3)), (xf.var((0, 2, 3), correction=0) + eps).rsqrt()
+    else:
+        mean, rstd = stats.to(acc)
+    xhat = (xf - column(mean)) * column(rstd)
+    scale = torch.ones_like(mean) if weight is None else weight.to(acc).sigmoid() if sigmoid else weight.to(acc)
+    shift = torch.zeros_like(mean) if bias is None else bias.to(acc)
+    if relu:  # NaN passes, as in PyTorch's ReLU
+        if mask is not None:
+            dz = dz * unpack_mask(mask, x)
+        else:
+            dz = dz * ~((column(scale) * xhat + column(shift) if y is None else y) <= 0)
+    dshift, dscale = dz.sum((0, 2, 3)), (dz * xhat).sum((0, 2, 3))
+    if gate_grad is not None:
+        with torch.no_grad():
+            gate_grad.copy_((dz * (column(scale) * xhat + column(shift))).sum((2, 3)))
+    dxhat = dz
+    if training:
+        m = max(x.numel() // x.shape[1], 1)
+        dxhat = dz - column(dshift / m) - xhat * column(dscale / m)
+    dx = column(scale * rstd) * dxhat
+    dweight = None if weight is None else (dscale * scale * (1 - scale) if sigmoid else dscale).to(weight.dtype)
+    return dx.to(x.dtype), dweight, None if bias is None else dshift.to(bias.dtype), dz.to(x.dtype)
+
+
+def unpack_mask(mask: Tensor, x: Tensor) -> Tensor:
+    """The ReLU's mask as bool like ``x``, from bits: (N, C, bytes of H*W) for NCHW, (N, H*W, bytes of C) otherwise.
+
+    Bit k of byte j of a row is element 8 j + k; rows are padded to 2 bytes.
+    """
+    N, C, H, W = x.shape
+    rows = ((mask.unsqueeze(-1) >> torch.arange(8, dtype=torch.uint8, device=mask.device)) & 1).flatten(2).bool()
+    if x.is_contiguous():
+        return rows[..., : H * W].view(N, C, H, W)
+    return rows[..., :C].view(N, H, W, C).permute(0, 3, 1, 2)
+
+
+def _fake(backend, x, weight, bias, residual, mean, var, tracked, training, momentum, eps, sigmoid, relu, save_mask):
+    N, C, H, W = x.shape
+    shape = (0,)
+    if save_mask and backend == "cpp":
+        rows, n = (C, H * W) if x.is_contiguous() else (H * W, C)
+        shape = (N, rows, 2 * ((n + 15) // 16))
+    return torch.empty_like(x), x.new_empty((2, C), dtype=torch.float32), x.new_empty(shape, dtype=torch.uint8)
+
+
+def _fake_backward(backend, dy, x, weight, bias, stats, y, mask, gate_grad, *flags):
+    need_dx, need_dresidual = flags[-2:]
+    return (
+        torch.empty_like(x) if need_dx else x.new_empty(0),
+        x.new_empty(0) if weight is None else torch.empty_like(weight),
+        x.new_empty(0) if bias is None else torch.empty_like(bias),
+        torch.empty_like(x) if need_dresidual else x.new_empty(0),
+    )
+
+
+_DTYPES = {
+    "cpp": (torch.float32, torch.bfloat16),
+    "triton": (torch.float32, torch.bfloat16, torch.float16),
+    "cuda": (torch.float32, torch.bfloat16, torch.float16),
+}
+
+
+def _refuse(backend, x, weight, bias, residual, running_mean, running_var, tracked):
+    if x.dtype not in _DTYPES[backend]:
+        return f"it takes {', '.join(str(d)[6:] for d in _DTYPES[backend])}"
+    if not (x.is_contiguous() or x.is_contiguous(memory_format=torch.channels_last)):
+        return f"it needs an NCHW or channels_last tensor without gaps, got {tuple(x.shape)} with strides {x.stride()}"
+    if residual is not None and residual.stride() != x.stride():
+        return f"residual must have the strides of x, {x.stride()}, got {residual.stride()}"
+    if not all(t is None or t.is_contiguous() for t in (weight, bias, running_mean, running_var)):
+        return "weight, bias and running statistics must be contiguous"
+    return None
+
+
+backends.define(
+    "batch_norm_act",
+    {
+        "batch_norm_act": "(Tensor x, Tensor? weight, Tensor? bias, Tensor? residual, Tensor(a!)? running_mean, "
+        "Tensor(b!)? running_var, Tensor(c!)? num_batches_tracked, bool training, float? momentum, float eps, "
+        "bool sigmoid, bool relu, bool save_mask) -> (Tensor, Tensor, Tensor)",
+        "batch_norm_act_backward": "(Tensor dy, Tensor x, Tensor? weight, Tensor? bias, Tensor stats, Tensor? y, "
+        "Tensor? mask, Tensor(a!)? gate_grad, bool training, float eps, bool sigmoid, bool relu, bool need_dx, "
+        "bool need_dresidual) -> (Tensor, Tensor, Tensor, Tensor)",
+    },
+    eager=_eager,
+    fake={"batch_norm_act": _fake, "batch_norm_act_backward": _fake_backward},
+    refuse=_refuse,
+)
