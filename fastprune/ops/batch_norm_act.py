@@ -182,7 +182,7 @@ class _BatchNormAct(torch.autograd.Function):
     def backward(ctx, dy):
         x, weight, bias, _, _, _ = saved = ctx.saved_tensors
         relu = ctx.flags[3]
-        if dy.stride() != x.stride():
+        if not _same_layout(dy, x):
             dy = torch.empty_like(x).copy_(dy)  # sum() has a stride-0 gradient; the kernels want the layout of x
         need_dx, need_dresidual = ctx.needs_input_grad[0], ctx.has_residual and ctx.needs_input_grad[3]
         # Grad mode is on only under create_graph=True: the gradient must then be made of differentiable operations.
@@ -274,12 +274,20 @@ _DTYPES = {
 }
 
 
+def _same_layout(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors of one shape lie alike in memory; strides of size-1 dimensions cannot tell."""
+    nhwc = torch.channels_last
+    if a.is_contiguous():
+        return b.is_contiguous()
+    return a.is_contiguous(memory_format=nhwc) and b.is_contiguous(memory_format=nhwc)
+
+
 def _refuse(backend, x, weight, bias, residual, running_mean, running_var, tracked):
     if x.dtype not in _DTYPES[backend]:
         return f"it takes {', '.join(str(d)[6:] for d in _DTYPES[backend])}"
     if not (x.is_contiguous() or x.is_contiguous(memory_format=torch.channels_last)):
         return f"it needs an NCHW or channels_last tensor without gaps, got {tuple(x.shape)} with strides {x.stride()}"
-    if residual is not None and residual.stride() != x.stride():
+    if residual is not None and not _same_layout(residual, x):
         return f"residual must have the strides of x, {x.stride()}, got {residual.stride()}"
     if not all(t is None or t.is_contiguous() for t in (weight, bias, running_mean, running_var)):
         return "weight, bias and running statistics must be contiguous"
