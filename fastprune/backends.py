@@ -74,9 +74,13 @@ def _lazy(module: str, name: str) -> Callable:
 
 
 @torch.compiler.assume_constant_result  # Dynamo cannot trace the query, and the answer never changes
-@cache
 def _missing(op: str, backend: str, device: str) -> str | None:
     """Why ``backend`` has no kernel of ``op`` for ``device``; None when it has one."""
+    return _look_up(op, backend, device)  # a function of its own: Dynamo warns of a cache it can see
+
+
+@cache
+def _look_up(op: str, backend: str, device: str) -> str | None:
     if backend == "eager":
         return None
     if backend not in _DEVICES:
