@@ -1,0 +1,40 @@
+"""What the CIFAR networks share: the choice of norm and the initialisation."""
+
+from __future__ import annotations
+
+import math
+
+from torch import nn
+
+from fastprune import nn as fpnn
+
+
+def norm(channels: int, bound: str | None) -> nn.BatchNorm2d:
+    """``bound="sigmoid"``: scale sigmoid(w), no shift (RNI, arXiv:2204.06404); None: ordinary batch norm."""
+    if bound not in (None, "sigmoid"):
+        raise ValueError(f"models: bound must be 'sigmoid' or None, got {bound!r}")
+    return fpnn.SigmoidBatchNorm2d(channels) if bound else nn.BatchNorm2d(channels)
+
+
+def init_rni(model: nn.Module) -> None:
+    """RNI's initialisation.
+
+    Convolution N(0, sqrt(2 / (k k Cout))), linear N(0, 0.01), their biases 0; batch norm scale 0.5, shift 0;
+    sigmoid norm w ~ N(0, 1), drawn after everything else, so that the other weights are the same with either norm.
+    """
+    bounded = []
+    for m in model.modules():
+        if isinstance(m, nn.Conv2d):
+            nn.init.normal_(m.weight, 0.0, math.sqrt(2.0 / (m.kernel_size[0] * m.kernel_size[1] * m.out_channels)))
+            if m.bias is not None:
+                nn.init.zeros_(m.bias)
+        elif isinstance(m, nn.Linear):
+            nn.init.normal_(m.weight, 0.0, 0.01)
+            nn.init.zeros_(m.bias)
+        elif getattr(m, "bound", None) == "sigmoid":
+            bounded.append(m)
+        elif isinstance(m, nn.BatchNorm2d):
+            nn.init.constant_(m.weight, 0.5)
+            nn.init.zeros_(m.bias)
+    for m in bounded:
+        nn.init.normal_(m.weight)
