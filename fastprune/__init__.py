@@ -3,3 +3,35 @@
 from __future__ import annotations
 
 __version__ = "0.1.0"
+
+from fastprune import backends, data, graph, methods, models, nn, ops
+from fastprune.compact import compact
+from fastprune.errors import BackendError, DataError, FastpruneError, GraphError, TrainingError
+from fastprune.flops import flops
+from fastprune.methods import create
+from fastprune.select import keep_masks
+from fastprune.train import (
+    prune_finetune,
+    train,
+)  # `fastprune.train` the function; the package behind it stays importable
+
+__all__ = [
+    "BackendError",
+    "DataError",
+    "FastpruneError",
+    "GraphError",
+    "TrainingError",
+    "backends",
+    "compact",
+    "create",
+    "data",
+    "flops",
+    "graph",
+    "keep_masks",
+    "methods",
+    "models",
+    "nn",
+    "ops",
+    "prune_finetune",
+    "train",
+]

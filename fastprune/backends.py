@@ -37,6 +37,7 @@ _lib = torch.library.Library("fastprune", "DEF")
 _eager: dict[str, Callable] = {}
 _refuse: dict[str, Callable] = {}
 _forced: dict[str, str] = {}
+_missing: dict[tuple[str, str, str], str | None] = {}  # (op, backend, device type) to why there is no kernel
 
 
 def define(
@@ -66,6 +67,9 @@ def define(
         if find_spec("triton"):
             for device in _DEVICES["triton"]:
                 _lib.impl(f"{function}.triton", _lazy(f"fastprune.kernels.{op}", function), device.upper())
+    for backend in ("cpp", "cuda", "triton"):
+        for device in ("cpu", "cuda"):
+            _missing[op, backend, device] = _find_kernel(op, backend, device)
 
 
 def _lazy(module: str, name: str) -> Callable:
@@ -73,29 +77,26 @@ def _lazy(module: str, name: str) -> Callable:
     return lambda *args: load()(*args)
 
 
-@torch.compiler.assume_constant_result  # Dynamo cannot trace the query, and the answer never changes
-def _missing(op: str, backend: str, device: str) -> str | None:
+def _find_kernel(op: str, backend: str, device: str) -> str | None:
     """Why ``backend`` has no kernel of ``op`` for ``device``; None when it has one."""
-    return _look_up(op, backend, device)  # a function of its own: Dynamo warns of a cache it can see
-
-
-@cache
-def _look_up(op: str, backend: str, device: str) -> str | None:
-    if backend == "eager":
-        return None
-    if backend not in _DEVICES:
-        raise ValueError(f"no backend named {backend!r}{did_you_mean(backend, _DEVICES)}")
     if device not in _DEVICES[backend]:
         return f"it runs on {' or '.join(_DEVICES[backend])} tensors"
     if torch._C._dispatch_has_kernel_for_dispatch_key(f"fastprune::{op}.{backend}", device.upper()):
         return None
-    return _extension_error or ("triton is not installed" if backend == "triton" else "it has no kernel of this op")
+    if backend == "triton":
+        return "triton is not installed"
+    return (_extension_error if backend == "cpp" else None) or "it has no kernel of this op"
 
 
 def why_not(op: str, backend: str, x: Tensor, *args: object) -> str | None:
     """Why ``backend`` cannot run ``op`` on a call whose leading tensor is ``x``; None when it can."""
-    reason = _missing(op, backend, x.device.type)
-    return reason if reason or backend == "eager" else _refuse[op](backend, x, *args)
+    if backend == "eager":
+        return None
+    if backend not in _DEVICES:
+        raise ValueError(f"no backend named {backend!r}{did_you_mean(backend, _DEVICES)}")
+    # A table, since Dynamo can trace a lookup but not a query of the dispatcher.
+    reason = _missing.get((op, backend, x.device.type), f"it does not run on {x.device.type} tensors")
+    return reason or _refuse[op](backend, x, *args)
 
 
 def select(op: str, backend: str | None, x: Tensor, *args: object) -> str:
