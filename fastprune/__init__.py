@@ -10,10 +10,7 @@ from fastprune.errors import BackendError, DataError, FastpruneError, GraphError
 from fastprune.flops import flops
 from fastprune.methods import create
 from fastprune.select import keep_masks
-from fastprune.train import (
-    prune_finetune,
-    train,
-)  # `fastprune.train` the function; the package behind it stays importable
+from fastprune.train import prune_finetune, train  # functions; modules behind stay importable
 
 __all__ = [
     "BackendError",
