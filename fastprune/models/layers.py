@@ -20,7 +20,7 @@ def init_rni(model: nn.Module) -> None:
     """RNI's initialisation.
 
     Convolution N(0, sqrt(2 / (k k Cout))), linear N(0, 0.01), their biases 0; batch norm scale 0.5, shift 0;
-    sigmoid norm w ~ N(0, 1), drawn after everything else, so that the other weights are the same with either norm.
+    sigmoid norm w ~ N(0, 1), drawn after all others.
     """
     bounded = []
     for m in model.modules():
