@@ -1,0 +1,412 @@
+"""Which channels of a network live or die together, found by watching one real forward pass.
+
+Every index of every dimension of every parameter and floating-point buffer gets an integer label.  A
+:class:`TorchDispatchMode` then watches an eager forward on example inputs and, for each ATen op,
+
+- carries labels through data movement by running the very same op on tensors of labels (view, permute, cat, ...),
+- records which labels the op forces to be equal (add, mul, norms, convolution, ...) as pairs for a union-find.
+
+Connected labels are one *channel*: positions in many tensors that can only be removed together.  Channels that touch
+the same tensors form a :class:`Group`.  A channel that reaches an op without a rule, the model's output, or anything
+that would make the masked network differ from the shrunk one (a layer norm or a softmax over channels, an attention
+product) is frozen: it stays, and :attr:`ChannelGraph.frozen` says why.  So a gap in the rules costs pruning, never
+correctness.
+
+There is no symbolic tracing: control flow, hooks and custom modules run as they are, on the model itself.
+"""
+
+from __future__ import annotations
+
+import random
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field, is_dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from fastprune.errors import GraphError, did_you_mean
+from fastprune.labels import Row, Tracer, map_tensors, pointwise, register_rule
+
+__all__ = ["ChannelGraph", "Group", "Index", "pointwise", "register_rule", "trace"]
+
+Keep = Mapping[str, Tensor]
+
+
+class Index(NamedTuple):
+    """Where the channels of a group sit along one dimension of one tensor: two int64 vectors of equal length.
+
+    ``position[i]`` belongs to channel ``channel[i]`` of the group; positions ascend.  A convolution's rows have one
+    position per channel; a linear layer behind a flatten has H*W of them.
+    """
+
+    position: Tensor
+    channel: Tensor
+
+
+@dataclass(frozen=True)
+class Group:
+    """Channels that touch the same tensors and are chosen independently of one another.
+
+    Attributes:
+        name: Module name of the first producing convolution or linear layer (``#2``, ... if it feeds several groups).
+        size: Number of channels.
+        convs: Modules whose output rows are these channels, in module order, depthwise convolutions excluded.
+        depthwise: Depthwise convolutions the channels run through.
+        norms: Batch and group norms with a scale, shift or statistic per channel, in module order.
+        consumers: Modules that read the channels as input features.
+        index: ``(tensor name, dim) -> Index`` for every parameter and buffer that shrinks with the group.
+    """
+
+    name: str
+    size: int
+    convs: tuple[str, ...]
+    depthwise: tuple[str, ...]
+    norms: tuple[str, ...]
+    consumers: tuple[str, ...]
+    index: dict[tuple[str, int], Index] = field(repr=False)
+
+    @property
+    def coupled(self) -> bool:
+        """More than one convolution or linear layer produces the channels, as on a residual stream."""
+        return len(self.convs) > 1
+
+    def per_channel(self, tensor: str, dim: int, values: Tensor) -> Tensor:
+        """Sum ``values``, one per index of ``dim`` of the named tensor, over the positions of each channel: (size,)."""
+        position, channel = (i.to(values.device) for i in self.index[tensor, dim])
+        return values.new_zeros(self.size).index_add_(0, channel, values[position])
+
+
+@dataclass(frozen=True)
+class ChannelGraph:
+    """The groups of a model.  Plain data: holds no module and no parameter.
+
+    Attributes:
+        groups: Group by name, in module order of the first producing layer.
+        frozen: What was left alone and why: layer name, or name of an op without a rule, to one line of text.
+        norm_after: Convolution or linear layer to the first norm that reads exactly its output channels.
+        train_error: Why the forward in training mode could not run, or None if it did.
+    """
+
+    groups: dict[str, Group]
+    frozen: dict[str, str]
+    norm_after: dict[str, str]
+    train_error: str | None
+    rows: tuple[Row, ...] = field(repr=False)
+    channel_of: np.ndarray = field(repr=False)  # per label: number of its channel, counted over all groups; -1 = frozen
+    norm_means: frozenset[str] = field(repr=False)  # names of running means, which mask_ zeroes
+
+    def check_keep(self, keep: Keep) -> dict[str, Tensor]:
+        """Validate keep-masks and return them on the CPU.
+
+        Args:
+            keep: Group name to a bool vector, (size,), True = keep.  Groups left out are kept whole.
+
+        Raises:
+            ValueError: Unknown group, wrong dtype or shape, or a group with nothing left.
+        """
+        checked = {}
+        for name, mask in keep.items():
+            if name not in self.groups:
+                why = f" It was left alone: {self.frozen[name]}." if name in self.frozen else ""
+                raise ValueError(f"keep: unknown group {name!r}{did_you_mean(name, self.groups)}.{why}")
+            size = self.groups[name].size
+            if not isinstance(mask, Tensor) or mask.dtype != torch.bool or mask.shape != (size,):
+                got = f"{mask.dtype} {tuple(mask.shape)}" if isinstance(mask, Tensor) else type(mask).__name__
+                raise ValueError(f"keep[{name!r}]: expected a bool tensor of shape ({size},), True = keep; got {got}")
+            checked[name] = mask.detach().cpu()
+            if not checked[name].any():
+                raise ValueError(f"keep[{name!r}] removes all {size} channels; keep at least one")
+        return checked
+
+    def kept(self, keep: Keep) -> dict[str, dict[int, Tensor]]:
+        """Indices that stay, for every tensor that gets smaller: ``{tensor name: {dim: int64 indices, ascending}}``."""
+        checked = self.check_keep(keep)
+        masks = [checked[g.name].numpy() if g.name in checked else np.ones(g.size, bool) for g in self.groups.values()]
+        stays = np.concatenate([*masks, [True]])[self.channel_of]  # frozen labels are -1 and find the last True
+        plan: dict[str, dict[int, Tensor]] = {}
+        for row in self.rows:
+            mine = stays[row.start : row.start + row.size]
+            if not mine.all():
+                plan.setdefault(row.name, {})[row.dim] = torch.from_numpy(np.flatnonzero(mine))
+        return plan
+
+    def tensors(self, model: nn.Module) -> dict[str, Tensor]:
+        """Parameters and buffers of ``model`` by name, checked to be the ones this graph was traced on.
+
+        Raises:
+            GraphError: A tensor is missing or has another shape, for example because the model was compacted since.
+        """
+        tensors = dict(_named_tensors(model))
+        for row in self.rows:
+            t = tensors.get(row.name)
+            if t is None or t.dim() <= row.dim or t.shape[row.dim] != row.size:
+                got = "no such tensor" if t is None else tuple(t.shape)
+                raise GraphError(
+                    f"the graph was traced on another model: expected {row.name} with {row.size} along dimension "
+                    f"{row.dim}, got {got}; trace the model again"
+                )
+        return tensors
+
+    @torch.no_grad()
+    def mask_(self, model: nn.Module, keep: Keep) -> None:
+        r"""Zero, in place, every parameter entry that :func:`fastprune.compact.compact` would remove.
+
+        The masked model then computes exactly what the shrunk one does, although a removed channel is in general *not*
+        zero where it is consumed: batch norm turns a zero channel into its bias, or with a scale bounded by a sigmoid
+        into :math:`-\mu\,\sigma(0)/\sqrt{v+\epsilon}`, where :math:`\sigma(0) = 0.5`, and gates and softplus make
+        constants out of zeros.  It does not matter because the *input slices of all consumers* are zeroed too: whatever
+        value arrives there is multiplied by 0.  Every path of a channel ends in such a slice, else the graph would have
+        frozen it: channels that meet other channels without a weight in between (layer norm, softmax, products of two
+        activations, the output) never get into a group.  Rows, biases, affine parameters and running means go to zero
+        as well, so that norms, weight decay and statistics of the masked model tell the truth about what is left.
+        Running variances stay: a variance of zero would be a lie.
+
+        Args:
+            model: The traced model, or a copy of it.
+            keep: Group name to a bool vector, (size,), True = keep.
+        """
+        tensors = self.tensors(model)
+        parameters = {name for name, _ in model.named_parameters()}
+        for name, dims in self.kept(keep).items():
+            if name not in parameters and name not in self.norm_means:
+                continue
+            t = tensors[name]
+            for dim, stay in dims.items():
+                gone = torch.ones(t.shape[dim], dtype=torch.bool).index_fill_(0, stay, False).nonzero().squeeze(1)
+                t.index_fill_(dim, gone.to(t.device), 0)
+
+
+def _named_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    yield from model.named_parameters()
+    yield from model.named_buffers()
+
+
+# Running the model --------------------------------------------------------------------------------------------------
+
+
+def call(model: nn.Module, example_inputs: Any) -> Any:
+    """Run ``model`` on ``example_inputs``: a tensor, a tuple or list of positional, or a dict of keyword arguments."""
+    if isinstance(example_inputs, dict):
+        return model(**example_inputs)
+    if isinstance(example_inputs, (tuple, list)):
+        return model(*example_inputs)
+    return model(example_inputs)
+
+
+def leaves(value: Any) -> list[Tensor]:
+    """All tensors in nested tuples, lists, dicts and dataclasses, in a fixed order."""
+    if isinstance(value, Tensor):
+        return [value]
+    if isinstance(value, Mapping):
+        value = list(value.values())
+    elif is_dataclass(value) and not isinstance(value, type):
+        value = list(vars(value).values())
+    if isinstance(value, (tuple, list)):
+        return [t for v in value for t in leaves(v)]
+    return []
+
+
+@contextmanager
+def undisturbed(model: nn.Module) -> Iterator[None]:
+    """Put back training flags, buffers (same objects, bit for bit) and random state of Python, NumPy and PyTorch."""
+    modules = list(model.modules())
+    training = [m.training for m in modules]
+    buffers = [(m, dict(m._buffers)) for m in modules if m._buffers]
+    values = {id(b): b.detach().clone() for _, mine in buffers for b in mine.values() if b is not None}
+    python, numpy = random.getstate(), np.random.get_state()
+    devices = {t.device.index for _, t in _named_tensors(model) if t.device.type == "cuda"}
+    with torch.random.fork_rng(devices=sorted(devices)):
+        try:
+            yield
+        finally:
+            random.setstate(python)
+            np.random.set_state(numpy)
+            for m, was in zip(modules, training, strict=True):
+                m.training = was
+            with torch.no_grad():
+                for m, mine in buffers:
+                    m._buffers.update(mine)
+                    for b in mine.values():
+                        if b is not None:
+                            b.copy_(values[id(b)])
+
+
+# From labels to groups ----------------------------------------------------------------------------------------------
+
+
+def trace(model: nn.Module, example_inputs: Any, *, strict: bool = False) -> ChannelGraph:
+    """Find the channel groups of ``model`` by running it once in eval mode and, if it can, once in training mode.
+
+    The model is not changed: buffers, training flags and random state are restored, gradients are not touched.
+    Training mode is run too because auxiliary heads only exist there; a failure there (batch norm over a single value)
+    is kept in :attr:`ChannelGraph.train_error`.
+
+    Args:
+        model: Any eager module on any device; not the result of ``torch.compile``.
+        example_inputs: A tensor, a tuple of positional or a dict of keyword arguments; a batch of 2 small images does.
+        strict: Freeze channel axes that a view or a split takes apart, instead of assuming that the code derives the
+            new sizes from the tensor (``x.chunk(2, 1)``, ``x.view(n, groups, c // groups, h, w)``).
+
+    Returns: The graph; group order is module order of the first producing layer.
+
+    Raises:
+        GraphError: The model does not run on ``example_inputs``, or returns no tensor.
+        ValueError: The model is compiled, or has parameters not yet initialised.
+
+    Warns:
+        UserWarning: Once, naming every op without a rule and every layer that never ran.
+    """
+    if hasattr(model, "_orig_mod"):
+        raise ValueError("trace: expected an eager module, got the result of torch.compile; trace before compiling")
+    if any(nn.parameter.is_lazy(p) for p in model.parameters()):
+        raise ValueError("trace: the model has lazy parameters; run it once on example_inputs first")
+    tracer = Tracer(strict)
+    kernels = {id(m.weight) for m in model.modules() if isinstance(m, nn.modules.conv._ConvNd)}
+    with undisturbed(model), torch.no_grad():
+        try:
+            for name, t in _named_tensors(model):
+                if t.is_floating_point():
+                    # the extent of a kernel is not a channel axis, and following it would only cost time
+                    tracer.add(name, t, dims=2 if id(t) in kernels else t.dim())
+            train_error = _watch(tracer, model, example_inputs)
+        finally:
+            unread = tracer.finish()
+    idle = {name.rpartition(".")[0] for name, _ in model.named_parameters() if name in unread}
+    graph = _assemble(tracer, model, train_error)
+    if tracer.unknown:
+        ops = "; ".join(f"{op} {why}" for op, why in tracer.unknown.items())
+        warnings.warn(f"trace: {ops}; the channels that reach it stay unpruned (see register_rule)", stacklevel=2)
+    if idle and train_error:
+        warnings.warn(
+            f"trace: {', '.join(sorted(idle))} never ran, and the forward in training mode failed ({train_error}); "
+            "layers that only run in training may not fit the pruned model: give example_inputs that can be trained on",
+            stacklevel=2,
+        )
+    return graph
+
+
+def _watch(tracer: Tracer, model: nn.Module, example_inputs: Any) -> str | None:
+    for training in (False, True):
+        # aliases, so that no mark stays on the caller's tensors
+        inputs = map_tensors(lambda t: t.detach(), example_inputs)
+        for t in leaves(inputs):
+            tracer.add_input(t)
+        model.train(training)
+        try:
+            with tracer:
+                out = call(model, inputs)
+        except Exception as e:
+            if not training:
+                raise GraphError(f"trace: the model does not run on example_inputs: {type(e).__name__}: {e}") from e
+            return f"{type(e).__name__}: {e}"
+        outputs = leaves(out)
+        if not outputs:
+            raise GraphError(f"trace: expected the model to return tensors, got {type(out).__name__}")
+        tracer.freeze_all(outputs, "it is an output of the model")
+    return None
+
+
+def _components(size: int, pairs: list[np.ndarray]) -> np.ndarray:
+    """Smallest label connected to each label: (size,)."""
+    root = np.arange(size)
+    if not pairs:
+        return root
+    a, b = np.concatenate(pairs, axis=1)
+    while True:
+        # hook the larger root of every edge under the smaller, then flatten the trees
+        low, high = np.minimum(root[a], root[b]), np.maximum(root[a], root[b])
+        if (low == high).all():
+            return root
+        np.minimum.at(root, high, low)
+        while (root != root[root]).any():
+            root = root[root]
+
+
+def _assemble(tracer: Tracer, model: nn.Module, train_error: str | None) -> ChannelGraph:
+    """Solve the equalities, bundle the channels that touch the same rows into groups, name what is left."""
+    rows, total = tracer.rows, tracer.next_label
+    owner = [r.name.rpartition(".")[0] for r in rows]
+    order = {name: i for i, (name, _) in enumerate(model.named_modules())}
+    place = [(order.get(name, -1), r) for r, name in enumerate(owner)]  # sorts rows by module, then parameter
+    having: dict[str, set[int]] = {role: set() for role in ("producer", "depthwise", "norm", "consumer")}
+    for role, r in tracer.roles:
+        having[role].add(r)
+
+    root = _components(total, tracer.pairs)
+    why: dict[int, str] = {}  # root of a frozen channel -> the first reason to freeze it
+    for label, reason in tracer.reasons.items():
+        why.setdefault(int(root[label]), reason)
+
+    bundles = []  # (rows touched, producing rows among them by module order, roots in the order of the first producer)
+    for touched, roots in _by_signature(rows, root, np.fromiter(why, int, len(why))):
+        makers = sorted(having["producer"].intersection(touched), key=place.__getitem__)
+        if not makers:
+            why |= dict.fromkeys(roots, "no convolution or linear layer produces it")
+        elif having["consumer"].isdisjoint(touched):
+            why |= dict.fromkeys(roots, "no convolution or linear layer reads it")
+        elif len(roots) == 1:
+            why[roots[0]] = "the model ties all its channels into one"
+        else:
+            lead = rows[makers[0]]
+            seen, first = np.unique(root[lead.start : lead.start + lead.size], return_index=True)
+            at = first[np.searchsorted(seen, roots)]
+            bundles.append(((*place[makers[0]], at.min()), touched, makers, np.array(roots)[np.argsort(at)]))
+    bundles.sort(key=lambda b: b[0])
+
+    number = np.full(total, -1)  # root -> number of the channel, counted over all groups
+    number[np.concatenate([roots for *_, roots in bundles], dtype=int) if bundles else []] = np.arange(
+        sum(len(roots) for *_, roots in bundles)
+    )
+    channel_of = number[root]
+
+    def modules(role: str, touched: list[int]) -> tuple[str, ...]:
+        return tuple(dict.fromkeys(owner[r] for r in sorted(having[role].intersection(touched), key=place.__getitem__)))
+
+    groups: dict[str, Group] = {}
+    base = 0
+    for _, touched, makers, roots in bundles:
+        index = {}
+        for row in (rows[r] for r in touched):
+            channel = channel_of[row.start : row.start + row.size] - base
+            position = np.flatnonzero((channel >= 0) & (channel < len(roots)))
+            index[row.name, row.dim] = Index(torch.from_numpy(position), torch.from_numpy(channel[position]))
+        base += len(roots)
+        name, again = owner[makers[0]], 2
+        while name in groups:
+            name, again = f"{owner[makers[0]]}#{again}", again + 1
+        roles = (modules(role, touched) for role in ("producer", "depthwise", "norm", "consumer"))
+        groups[name] = Group(name, len(roots), *roles, index)
+
+    frozen = {op: f"{what}; the channels that reach it are left alone" for op, what in tracer.unknown.items()}
+    made = having["producer"] | having["depthwise"]
+    for r in sorted(made, key=place.__getitem__):
+        row = rows[r]
+        stuck = np.flatnonzero(channel_of[row.start : row.start + row.size] < 0)
+        if len(stuck):
+            part = f" ({len(stuck)} of {row.size} channels)" if len(stuck) < row.size else ""
+            frozen.setdefault(owner[r], why[int(root[row.start + stuck[0]])] + part)
+    norm_after = {owner[r]: owner[norm] for r, norm in tracer.norm_after.items() if r in made}
+    means = frozenset(rows[r].name for r in tracer.norm_means)
+    return ChannelGraph(groups, frozen, norm_after, train_error, tuple(rows), channel_of, means)
+
+
+def _by_signature(rows: list[Row], root: np.ndarray, frozen: np.ndarray) -> list[tuple[list[int], list[int]]]:
+    """Bundle the channels that are not frozen by the set of rows they touch: (row numbers, roots) per bundle."""
+    if not rows:
+        return []
+    of_parameters = root[: rows[-1].start + rows[-1].size]
+    row_of = np.repeat(np.arange(len(rows)), [r.size for r in rows])
+    is_frozen = np.zeros(len(root), bool)
+    is_frozen[frozen] = True
+    alive = np.flatnonzero(~is_frozen[of_parameters])
+    channel, row = np.divmod(np.unique(of_parameters[alive] * len(rows) + row_of[alive]), len(rows))
+    cuts = np.flatnonzero(np.diff(channel)) + 1
+    bundles: dict[bytes, tuple[list[int], list[int]]] = {}
+    for start, stop in zip([0, *cuts], [*cuts, len(row)], strict=True) if len(row) else ():
+        mine = row[start:stop]
+        bundles.setdefault(mine.tobytes(), (mine.tolist(), []))[1].append(int(channel[start]))
+    return list(bundles.values())

@@ -1,0 +1,108 @@
+"""From scores to keep-masks: the share to remove, ranked over the whole network or group by group.
+
+Source: the rule of Receding Neuron Importances, arXiv 2204.06404, which is Network Slimming's (Liu et al., ICCV 2017,
+arXiv 1708.06519) with a floor of three channels per layer.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from fnmatch import fnmatchcase
+
+import torch
+from torch import Tensor
+
+from fastprune.errors import did_you_mean
+
+SCOPES = ("global", "local")
+
+
+def keep_masks(
+    scores: Mapping[str, Tensor], ratio: float | Mapping[str, float], scope: str = "global", min_keep: int = 3
+) -> dict[str, Tensor]:
+    """Choose the channels to keep.
+
+    The threshold is the ``ratio`` quantile of all scores (``scope="global"``) or of the group's own (``"local"``), with
+    NumPy's linear interpolation; a channel stays if its score is strictly greater.  The ``min_keep`` best channels of a
+    group stay in any case; among equal scores the lower index does.  A ratio of 0 keeps everything.
+
+    The authors' code compares ``>=`` when it counts the survivors and ``>`` when it keeps them, so that scores tied
+    with the threshold can leave fewer than three; here the floor always holds.
+
+    Args:
+        scores: Group name to scores, (C,), any floating dtype and device; higher = keep.
+        ratio: Share to remove, 0 <= ratio < 1.  Or a dict of ratios by group name or glob pattern, such as
+            ``{"layer1.*": 0.5, "conv1": 0.2}``: then each group is ranked by itself whatever the scope, the exact name
+            goes before patterns, patterns in their order, and a group that none matches is kept whole.
+        scope: Rank all channels against each other, or each group's on its own.
+        min_keep: Channels that stay in every group; a smaller group is kept whole.
+
+    Returns: Group name to a bool vector, (C,), True = keep, on the device of its scores.
+
+    Raises:
+        ValueError: NaN scores, a ratio outside [0, 1), an unknown scope, or a name or pattern that matches no group.
+    """
+    if scope not in SCOPES:
+        raise ValueError(f"keep_masks: unknown scope {scope!r}{did_you_mean(str(scope), SCOPES)}")
+    if min_keep < 1:
+        raise ValueError(f"keep_masks: min_keep must be at least 1, got {min_keep}")
+    ratios = _ratios(scores, ratio)
+    for name, score in scores.items():
+        if score.dim() != 1 or score.numel() == 0 or not score.is_floating_point():
+            got = f"{score.dtype} {tuple(score.shape)}"
+            raise ValueError(f"keep_masks: expected floating scores of shape (C,) for {name}, got {got}")
+    if not scores:
+        return {}
+
+    # float64 holds every narrower score exactly, so that the threshold does not depend on the dtype
+    exact = {name: score.detach().double() for name, score in scores.items()}
+    device = next(iter(exact.values())).device
+    everything = torch.cat([score.to(device) for score in exact.values()])
+    if everything.isnan().any():  # the only synchronisation
+        bad = next(name for name, score in exact.items() if score.isnan().any())
+        raise ValueError(f"keep_masks: NaN scores in {bad}; a loss or a gradient overflowed")
+
+    shared = None
+    if scope == "global" and not isinstance(ratio, Mapping):
+        shared = _quantile(everything.sort().values, ratio)
+    keep = {}
+    for name, score in exact.items():
+        if ratios[name] == 0:
+            keep[name] = torch.ones_like(score, dtype=torch.bool)
+            continue
+        ranked, order = score.sort(descending=True, stable=True)
+        threshold = _quantile(ranked.flip(0), ratios[name]) if shared is None else shared.to(score.device)
+        # the best come first, so keeping them too changes nothing unless fewer than min_keep pass
+        stays = (ranked > threshold).index_fill_(0, torch.arange(min(min_keep, len(score)), device=score.device), True)
+        keep[name] = torch.empty_like(stays).scatter_(0, order, stays)
+    return keep
+
+
+def _quantile(ascending: Tensor, q: float) -> Tensor:
+    """``numpy.quantile(ascending, q)``, rounding included; an infinite neighbour gives the lower value, not NaN."""
+    at = (len(ascending) - 1) * q
+    i = math.floor(at)
+    t = at - i
+    low, high = ascending[i], ascending[min(i + 1, len(ascending) - 1)]
+    gap = high - low
+    between = high - gap * (1 - t) if t >= 0.5 else low + gap * t
+    return torch.where(gap.isfinite(), between, low)
+
+
+def _ratios(scores: Mapping[str, Tensor], ratio: float | Mapping[str, float]) -> dict[str, float]:
+    """The ratio of every group."""
+    asked = ratio if isinstance(ratio, Mapping) else {"*": ratio}
+    for pattern, r in asked.items():
+        if not isinstance(r, (int, float)) or not 0 <= r < 1:
+            where = f" for {pattern!r}" if isinstance(ratio, Mapping) else ""
+            raise ValueError(f"keep_masks: expected 0 <= ratio < 1{where} (the share removed), got {r!r}")
+    if not isinstance(ratio, Mapping):
+        return dict.fromkeys(scores, ratio)
+    for pattern in asked:
+        if pattern not in scores and not any(fnmatchcase(name, pattern) for name in scores):
+            raise ValueError(f"keep_masks: {pattern!r} matches no group{did_you_mean(pattern, scores)}")
+    return {
+        name: asked[name] if name in asked else next((r for p, r in asked.items() if fnmatchcase(name, p)), 0.0)
+        for name in scores
+    }
