@@ -1,0 +1,8 @@
+"""Training: one loop, its optimizer and log, and RNI's two calls ``train`` and ``prune_finetune`` on top."""
+
+from fastprune.train.loop import History, evaluate, fit
+from fastprune.train.metrics import MetricsLog
+from fastprune.train.oneshot import prune_finetune, train
+from fastprune.train.optim import multistep, param_groups, sgd
+
+__all__ = ["History", "MetricsLog", "evaluate", "fit", "multistep", "param_groups", "prune_finetune", "sgd", "train"]

@@ -1,0 +1,229 @@
+"""Train, prune in one shot, fine-tune: the two calls of RNI's authors (arXiv:2204.06404), same names and meaning."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import statistics
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastprune import data as datasets
+from fastprune import methods, models
+from fastprune import nn as fpnn
+from fastprune.compact import compact
+from fastprune.errors import did_you_mean
+from fastprune.flops import flops
+from fastprune.train.loop import History, evaluate, fit
+from fastprune.train.metrics import MetricsLog
+from fastprune.train.optim import multistep, sgd
+
+METHODS = {"rni": "rni", "ucs": "ucs", "l1": "slimming"}  # the authors' names to ours
+ARCHS = {"vgg16": "vgg16-rni", "resnet56": "resnet56-rni"}
+
+
+def train(
+    dataset: str | datasets.ImageSet = "cifar10",
+    arch: str = "vgg16",
+    method: str = "rni",
+    reg_weight: float = 1e-4,
+    b: float = 3,
+    epochs: int = 160,
+    lr: float = 0.1,
+    batch_size: int = 64,
+    seed: int = 0,
+    device: torch.device | str | None = None,
+    *,
+    root: str | Path | None = None,
+    out_dir: str | Path | None = None,
+    resume: bool = False,
+    precision: str = "fp32",
+    channels_last: bool = False,
+    fuse: bool = True,
+    progress: bool = True,
+    limit: int | None = None,
+) -> tuple[nn.Module, History]:
+    """Train a network that can be pruned later.
+
+    Args:
+        dataset: Name for :func:`fastprune.data.load`, or a set already loaded.
+        arch: ``"vgg16"`` and ``"resnet56"`` are the authors' networks; else a name for ``fastprune.models.create``.
+        method: ``"rni"`` (bounded scales), ``"l1"`` (network slimming) or ``"ucs"`` (no penalty).
+        reg_weight: Strength of the sparsity penalty; ``ucs`` has none.
+        b: Shift of RNI's penalty; nothing to the others.
+        lr: Divided by 10 after 50 % and 75 % of the epochs.
+        seed: Of initialisation, order and augmentation; sets PyTorch's global seed.
+        device: None: the first GPU if there is one, else the CPU.
+        root: Folder of the data set.
+        out_dir: For ``metrics.jsonl`` and ``last.pt``; None: ``runs/train-<dataset>-<arch>-<method>/seed<seed>``.
+        resume: Continue from ``out_dir/last.pt``, if it exists.
+        precision, channels_last, progress: As in :func:`fit`.
+        fuse: Run each norm and the ReLU behind it as one kernel; the results differ in rounding only.
+        limit: At most so many training and test images, for trials.
+
+    Returns: The model with the weights of the best epoch (on the test set, as the authors choose it), and the log:
+        ``logs[-1]`` is the last epoch, ``logs.best`` the number of the best one.
+
+    Raises:
+        ValueError: An unknown name, or a value out of range.
+        DataError: The data set is missing or damaged.
+        TrainingError: The loss is not finite.
+    """
+    name = _method(method)
+    device = _device(device)
+    data = _load(dataset, root, device, limit)
+    torch.manual_seed(seed)  # before the model is made; the authors seed after, so theirs fixes only the order
+    model = _build(arch, data, "sigmoid" if method == "rni" else None).to(device)
+    if fuse:
+        model = fpnn.convert_batchnorm(model, fuse=True)
+    options = {"rni": {"reg_weight": reg_weight, "b": b}, "slimming": {"reg_weight": reg_weight}, "ucs": {}}[name]
+    pruner = methods.create(name, model, _example(data), **options)
+    what = {"call": "train", "dataset": data.name, "arch": arch, "method": method, **options}
+    what |= {"epochs": epochs, "lr": lr, "batch_size": batch_size, "seed": seed, "precision": precision}
+    out = Path(out_dir or f"runs/train-{data.name}-{arch}-{method}/seed{seed}")
+    fitting = {"resume": resume, "precision": precision, "channels_last": channels_last, "progress": progress}
+    return _fit(model, data, pruner, what, out, fitting)
+
+
+def prune_finetune(
+    model: nn.Module,
+    dataset: str | datasets.ImageSet = "cifar10",
+    method: str = "rni",
+    prune_pc: float = 0.5,
+    epochs: int = 160,
+    lr: float = 0.1,
+    batch_size: int = 64,
+    seed: int = 0,
+    device: torch.device | str | None = None,
+    *,
+    coupled: bool = False,
+    root: str | Path | None = None,
+    out_dir: str | Path | None = None,
+    resume: bool = False,
+    precision: str = "fp32",
+    channels_last: bool = False,
+    progress: bool = True,
+    limit: int | None = None,
+) -> tuple[nn.Module, History]:
+    """Remove the least important channels at once and fine-tune what is left, without a sparsity penalty.
+
+    Args:
+        model: Trained with the same ``method``; left as it is, a copy is pruned.
+        method: ``"rni"`` and ``"l1"`` rank all channels together, ``"ucs"`` those of each layer.
+        prune_pc: Share of the prunable channels to remove, 0 <= prune_pc < 1; at least 3 stay in each layer.
+        coupled: Also prune channels that several convolutions write (residual streams); the authors do not.
+        dataset, epochs, lr, batch_size, seed, device, root, out_dir, resume, precision, channels_last, progress, limit:
+            As in :func:`train`.
+
+    Returns: The pruned model, physically smaller, with the weights of its best epoch, and the log.  ``logs.summary``
+        holds accuracy before and after the cut (no fine-tuning), and MACs, parameters and latency of both models.
+
+    Raises:
+        ValueError: As :func:`train`, or a model the method does not fit.
+        GraphError: The shrunk model does not compute what the masked one does.
+    """
+    name = _method(method)
+    device = _device(device)
+    data = _load(dataset, root, device, limit)
+    model = copy.deepcopy(model).to(device)
+    test, example = data.loaders(batch_size).test, _example(data)
+    before = {"acc": evaluate(model, test, precision)["acc"], **_cost(model, example, batch_size)}
+    keep = methods.create(name, model, example, prune_pc, coupled=coupled).keep_masks()
+    model = compact(model, keep, example)
+    after = {"acc": evaluate(model, test, precision)["acc"], **_cost(model, example, batch_size)}
+    kept = {group: [int(mask.sum()), len(mask)] for group, mask in keep.items()}
+    torch.manual_seed(seed)
+    what = {"call": "prune_finetune", "dataset": data.name, "method": method, "prune_pc": prune_pc}
+    what |= {"epochs": epochs, "lr": lr, "batch_size": batch_size, "seed": seed, "precision": precision}
+    what |= {"dense": before, "pruned": after, "kept": kept}
+    out = Path(out_dir or f"runs/prune-{data.name}-{type(model).__name__}-{method}-{prune_pc:g}/seed{seed}")
+    fitting = {"resume": resume, "precision": precision, "channels_last": channels_last, "progress": progress}
+    return _fit(model, data, None, what, out, fitting)
+
+
+def _fit(
+    model: nn.Module,
+    data: datasets.ImageSet,
+    method: methods.Method | None,
+    what: dict[str, Any],
+    out: Path,
+    fitting: dict[str, Any],
+) -> tuple[nn.Module, History]:
+    epochs, lr = what["epochs"], what["lr"]
+    if epochs < 1 or lr <= 0:
+        raise ValueError(f"{what['call']}: expected epochs >= 1 and lr > 0, got {epochs} and {lr}")
+    log = MetricsLog(out / "metrics.jsonl")
+    log.write(what)
+    optimizer = sgd(model, lr)
+    logs = fit(
+        model,
+        data.loaders(what["batch_size"], what["seed"]),
+        epochs=epochs,
+        optimizer=optimizer,
+        schedule=multistep(optimizer, epochs),
+        method=method,
+        log=log,
+        checkpoint=out / "last.pt",
+        **fitting,
+    )
+    model.load_state_dict(logs.best_state)
+    logs.summary = what
+    return model, logs
+
+
+def _method(name: str) -> str:
+    if name not in METHODS:
+        raise ValueError(f"unknown method {name!r}{did_you_mean(name, METHODS)}")
+    return METHODS[name]
+
+
+def _device(device: torch.device | str | None) -> torch.device:
+    return torch.device(device or ("cuda:0" if torch.cuda.is_available() else "cpu"))
+
+
+def _load(
+    dataset: str | datasets.ImageSet, root: str | Path | None, device: torch.device, limit: int | None
+) -> datasets.ImageSet:
+    if isinstance(dataset, str):
+        return datasets.load(dataset, root, device=device, limit=limit)
+    return (dataset if limit is None else dataset.limit(limit)).to(device)
+
+
+def _build(arch: str, data: datasets.ImageSet, bound: str | None) -> nn.Module:
+    name, channels = ARCHS.get(arch, arch), data.image_shape[0]
+    if fn := models.MODELS.get(name):
+        taken = inspect.signature(fn).parameters
+        ours = {"in_channels": channels, "bound": bound}
+        return models.create(name, len(data.classes), **{key: v for key, v in ours.items() if key in taken})
+    model = models.create(name, len(data.classes))
+    return fpnn.convert_batchnorm(model, bound=bound, fuse=False) if bound else model
+
+
+def _example(data: datasets.ImageSet) -> Tensor:
+    """Two test images, normalised."""
+    x, _ = next(iter(data.limit(2).loaders(2).test))
+    return x
+
+
+def _cost(model: nn.Module, example: Tensor, batch_size: int) -> dict[str, float]:
+    """MACs and parameters, and the milliseconds of a forward of ``batch_size`` images: median of 7."""
+    count = flops(model, example[:1])
+    x = example[:1].expand(batch_size, -1, -1, -1).contiguous()
+
+    def run_ms() -> float:
+        start = time.perf_counter()
+        model(x)
+        if x.is_cuda:
+            torch.cuda.synchronize(x.device)
+        return 1e3 * (time.perf_counter() - start)
+
+    was_training = model.training
+    model.eval()
+    with torch.no_grad():
+        latency_ms = statistics.median([run_ms() for _ in range(9)][2:])  # the first ones warm up
+    model.train(was_training)
+    return {"macs": count["macs"], "params": count["params"], "latency_ms": latency_ms}
