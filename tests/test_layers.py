@@ -19,13 +19,14 @@ LAYERS = (
     ("backends", "memory"),
     ("ops",),
     ("nn",),
-    ("graph", "flops", "models"),
+    ("labels", "graph", "flops", "models"),
     ("select", "compact"),
     ("methods",),
     ("data", "train"),
     ("__init__",),  # the public names
     ("doctor", "quickstart"),
     ("cli",),
+    ("__main__",),
 )
 RANK = {unit: rank for rank, units in enumerate(LAYERS) for unit in units}
 

@@ -1,0 +1,132 @@
+"""The ``fastprune`` command.
+
+A command is a row of ``COMMANDS``: what it does, a function that runs it and returns the exit code, its options.  Bad
+input ends in one line on stderr that says what to do: exit code 2 for the command line itself, 1 for what it asked for.
+"""
+
+from __future__ import annotations
+
+import argparse
+import inspect
+import os
+import sys
+import textwrap
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple, NoReturn
+
+import fastprune
+from fastprune.errors import FastpruneError, did_you_mean
+
+
+class UsageError(ValueError):
+    """The command line does not parse."""
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:  # argparse prints the whole usage and exits here
+        raise UsageError(f"{message}; see {self.prog} --help")
+
+
+class Command(NamedTuple):
+    help: str
+    run: Callable[[argparse.Namespace], int]
+    options: dict[str, dict[str, Any]]  # name or flag: keywords of add_argument
+
+
+def _quickstart(args: argparse.Namespace) -> int:
+    from fastprune import quickstart
+
+    return quickstart.run(args.out, seed=args.seed, epochs=args.epochs)
+
+
+def _doctor(args: argparse.Namespace) -> int:
+    from fastprune import doctor
+
+    return doctor.run()
+
+
+def _list(args: argparse.Namespace) -> int:
+    from fastprune import data, methods, models
+
+    torchvision = [name for name in models.list_models() if name not in models.MODELS]
+    tables = {"models": models.MODELS, "methods": methods.METHODS, "datasets": data.DATASETS}
+    for what, table in tables.items():
+        if args.what in (None, what):
+            print(what)
+            width = max(map(len, table))
+            for name, thing in sorted(table.items()):
+                first = (inspect.getdoc(thing) or "").partition("\n")[0]
+                print(f"  {name:{width}}  {first}".rstrip())
+            if what == "models":
+                print("  and torchvision's:")
+                print(textwrap.fill(", ".join(torchvision), 110, initial_indent="    ", subsequent_indent="    "))
+    return 0
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"expected a whole number, 1 or more, got {text!r}")
+    return int(text)
+
+
+COMMANDS = {
+    "quickstart": Command(
+        "train, prune and fine-tune a small network on handwritten digits: CPU, about 3 minutes",
+        _quickstart,
+        {
+            "--out": {"type": Path, "default": Path("runs/quickstart"), "metavar": "DIR", "help": "where results go"},
+            "--seed": {"type": int, "default": 0, "metavar": "N", "help": "of every random choice"},
+            "--epochs": {"type": _count, "default": None, "metavar": "N", "help": "of each training and fine-tuning"},
+        },
+    ),
+    "doctor": Command("what works on this machine, what does not and why", _doctor, {}),
+    "list": Command(
+        "models, methods and data sets by name",
+        _list,
+        {"what": {"nargs": "?", "choices": ("models", "methods", "datasets"), "help": "only these"}},
+    ),
+}
+
+
+def _parse(argv: Sequence[str]) -> argparse.Namespace:
+    common = {"allow_abbrev": False, "formatter_class": argparse.ArgumentDefaultsHelpFormatter}
+    parser = _Parser(prog="fastprune", description=fastprune.__doc__, **common)
+    parser.add_argument("--version", action="version", version=f"fastprune {fastprune.__version__}")
+    parser.add_argument("--traceback", action="store_true", help="show where in the code an error came from")
+    parser.set_defaults(run=lambda args: parser.print_help() or 0)
+    subparsers = parser.add_subparsers(metavar="COMMAND", dest="command")
+    for name, command in COMMANDS.items():
+        sub = subparsers.add_parser(name, help=command.help, description=command.help, **common)
+        sub.set_defaults(run=command.run)
+        for option, keywords in command.options.items():
+            sub.add_argument(option, **keywords)
+
+    asked = next((arg for arg in argv if not arg.startswith("-")), None)
+    if asked and asked not in COMMANDS:
+        raise UsageError(f"unknown command {asked!r}{did_you_mean(asked, COMMANDS)}")
+    args, unknown = parser.parse_known_args(argv)
+    if unknown:
+        known = [option for option in COMMANDS[asked].options if option.startswith("-")] if asked else []
+        hint = did_you_mean(unknown[0].partition("=")[0], [*known, "--help"])
+        raise UsageError(f"{asked or 'fastprune'}: unknown argument {unknown[0]!r}{hint}")
+    return args
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit code."""
+    argv = sys.argv[1:] if argv is None else argv
+    try:
+        args = _parse(argv)
+        return args.run(args)
+    except KeyboardInterrupt:
+        print("fastprune: interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # fastprune list | head
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains again when it exits
+        return 141
+    except (FastpruneError, ValueError, OSError) as error:
+        if "--traceback" in argv:
+            raise
+        print(f"fastprune: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2 if isinstance(error, UsageError) else 1

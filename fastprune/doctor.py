@@ -1,0 +1,87 @@
+"""``fastprune doctor``: versions, backends, settings, and whether every backend computes what it should."""
+
+from __future__ import annotations
+
+import os
+import platform
+from importlib.metadata import PackageNotFoundError, version
+
+import torch
+from torch import Tensor
+
+import fastprune
+from fastprune import backends, memory, ops
+
+# Package: what it is for.
+OPTIONAL = {
+    "triton": "GPU kernels",
+    "scikit-learn": "the digits data set, quickstart",
+    "matplotlib": "pictures, quickstart",
+    "timm": "timm's models",
+}
+TOLERANCE = 1e-5  # of float32 results around 1; a wrong kernel is off by far more
+
+
+def run() -> int:
+    """Print the report; returns 1 if a backend computes wrong results, else 0."""
+    import numpy
+    import torchvision
+
+    print(f"fastprune {fastprune.__version__}, Python {platform.python_version()}, {platform.platform()}")
+    print(f"torch {torch.__version__}, torchvision {torchvision.__version__}, numpy {numpy.__version__}")
+    omp = os.environ.get("OMP_NUM_THREADS")
+    print(
+        f"threads: {torch.get_num_threads()} on {os.cpu_count()} CPUs"
+        + (f" (OMP_NUM_THREADS={omp})" if omp else " (OMP_NUM_THREADS is not set)")
+    )
+    print("CUDA: " + (torch.cuda.get_device_name() if torch.cuda.is_available() else "no device"))
+    _table("backends", backends.report())
+    _table("CPU memory", memory.report())
+    _table("optional packages", {name: _installed(name, use) for name, use in OPTIONAL.items()})
+    checks = {name: self_check(name) for name in ("eager", "cpp", "triton") if _usable(name)}
+    results = {
+        name: f"{'ok' if error <= TOLERANCE else 'WRONG'}: largest error {error:.1e}" for name, error in checks.items()
+    }
+    _table("self-check, forward and backward of every op against float64", results)
+    wrong = [name for name, error in checks.items() if not error <= TOLERANCE]  # NaN is wrong, too
+    if wrong:
+        print(f"\n{' and '.join(wrong)} computes wrong results here: please report this output as a bug")
+    return 1 if wrong else 0
+
+
+def self_check(backend: str) -> float:
+    """Largest error of ``backend`` over values and gradients of every op, float32 against float64 by eager PyTorch."""
+    device = "cuda" if backend == "triton" and not backends.INTERPRET else "cpu"
+    draw = torch.Generator().manual_seed(0)
+    activations, parameters = torch.randn(3, 4, 19, 5, 7, generator=draw), torch.randn(2, 19, generator=draw)
+    inputs = [t.to(device) for t in (*activations, *parameters)]
+    got = _results(inputs, backend)
+    exact = _results([t.double() for t in inputs], "eager")
+    return max((a - b).abs().max().item() for a, b in zip(got, exact, strict=True))
+
+
+def _results(inputs: list[Tensor], backend: str) -> list[Tensor]:
+    x, residual, dy, weight, bias = inputs
+    leaves = [t.clone().requires_grad_() for t in (x, weight, bias, residual)]
+    y = ops.batch_norm_act(*leaves[:3], residual=leaves[3], act="relu", bound="sigmoid", training=True, backend=backend)
+    penalty = ops.scale_penalty([leaves[1]], "rni", 3.0, backend=backend)
+    return [y, penalty, *torch.autograd.grad((y, penalty), leaves, (dy, torch.ones_like(penalty)))]
+
+
+def _usable(backend: str) -> bool:
+    device = "cuda" if backend == "triton" and torch.cuda.is_available() else "cpu"
+    return backends.why_not("batch_norm_act", backend, torch.empty(1, 1, 1, 1, device=device)) is None
+
+
+def _installed(package: str, use: str) -> str:
+    try:
+        return f"{version(package)} ({use})"
+    except PackageNotFoundError:
+        return f"not installed ({use}): pip install {package}"
+
+
+def _table(title: str, rows: dict[str, str]) -> None:
+    print(f"\n{title}")
+    width = max(map(len, rows))
+    for name, text in rows.items():
+        print(f"  {name:{width}}  {text}")

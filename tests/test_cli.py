@@ -1,0 +1,143 @@
+"""The command line: what users type, wrongly too, and what they read."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+import fastprune
+from fastprune import backends, cli, doctor
+
+
+def call(capsys, *argv):
+    """Exit code, stdout, stderr."""
+    try:
+        code = cli.main(argv)
+    except SystemExit as stop:  # --version and --help
+        code = stop.code
+    return code, *capsys.readouterr()
+
+
+def test_version(capsys):
+    assert call(capsys, "--version") == (0, f"fastprune {fastprune.__version__}\n", "")
+
+
+def test_no_command_shows_them_all(capsys):
+    code, out, _ = call(capsys)
+    assert code == 0
+    for name, command in cli.COMMANDS.items():
+        assert name in out and command.help.split()[0] in out
+
+
+@pytest.mark.parametrize("command", cli.COMMANDS)
+def test_help(capsys, command):
+    code, out, _ = call(capsys, command, "--help")
+    assert code == 0 and out.startswith(f"usage: fastprune {command}")
+    for option in cli.COMMANDS[command].options:
+        assert option in out
+
+
+@pytest.mark.parametrize(
+    "argv, says",
+    [
+        (["quikstart"], "unknown command 'quikstart'; did you mean 'quickstart'?"),
+        (["frobnicate"], "unknown command 'frobnicate'. Known: doctor, list, quickstart"),
+        (["quickstart", "--epohcs", "3"], "unknown argument '--epohcs'; did you mean '--epochs'?"),
+        (["quickstart", "--epohcs=3"], "did you mean '--epochs'?"),
+        (["quickstart", "--epochs", "0"], "--epochs: expected a whole number, 1 or more, got '0'"),
+        (["quickstart", "--epochs", "many"], "got 'many'"),
+        (["quickstart", "--seed", "x"], "--seed: invalid int value: 'x'"),
+        (["quickstart", "--epochs"], "--epochs: expected one argument"),
+        (["list", "modles"], "invalid choice: 'modles'"),
+        (["--verison"], "unknown argument '--verison'"),
+    ],
+)
+def test_bad_usage_is_one_line_and_code_2(capsys, argv, says):
+    code, out, err = call(capsys, *argv)
+    assert (code, out) == (2, "")
+    assert err.startswith("fastprune: error: ") and err.count("\n") == 1
+    assert says in err
+
+
+@pytest.mark.parametrize(
+    "error", [ValueError("ratio is 2"), fastprune.errors.DataError("cifar10:\n  missing"), OSError("disk full")]
+)
+def test_errors_of_commands_are_one_line_and_code_1(capsys, monkeypatch, error):
+    def fail(args):
+        raise error
+
+    monkeypatch.setitem(cli.COMMANDS, "doctor", cli.COMMANDS["doctor"]._replace(run=fail))
+    code, out, err = call(capsys, "doctor")
+    assert (code, out) == (1, "")
+    assert err == f"fastprune: error: {' '.join(str(error).split())}\n"
+    with pytest.raises(type(error)):
+        cli.main(["--traceback", "doctor"])
+
+
+def test_interrupt(capsys, monkeypatch):
+    def interrupt(args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setitem(cli.COMMANDS, "list", cli.COMMANDS["list"]._replace(run=interrupt))
+    assert call(capsys, "list") == (130, "", "fastprune: interrupted\n")
+
+
+def test_bug_is_not_hidden(monkeypatch):
+    def bug(args):
+        raise TypeError("a bug of ours")
+
+    monkeypatch.setitem(cli.COMMANDS, "list", cli.COMMANDS["list"]._replace(run=bug))
+    with pytest.raises(TypeError):
+        cli.main(["list"])
+
+
+def test_list(capsys):
+    code, out, _ = call(capsys, "list")
+    assert code == 0
+    for name in ("vgg16-rni", "resnet56", "densenet201", "rni", "slimming", "ucs", "digits", "cifar100", "imagefolder"):
+        assert f" {name}" in out
+    _, only, _ = call(capsys, "list", "methods")
+    assert "rni" in only and "digits" not in only
+
+
+def test_list_into_a_closed_pipe():
+    code = "import os, sys; from fastprune.cli import main; os.close(1); r, w = os.pipe(); os.close(r); os.dup2(w, 1)"
+    code += "; sys.exit(main(['list']))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (141, "")
+
+
+def test_doctor(capsys):
+    code, out, err = call(capsys, "doctor")
+    assert (code, err) == (0, "")
+    assert f"fastprune {fastprune.__version__}" in out
+    for name, line in backends.report().items():
+        assert name in out and line in out
+    checked = out.partition("self-check")[2]
+    assert "WRONG" not in checked and "eager" in checked
+    assert ("cpp " in checked) == bool(backends.build_info())
+
+
+def test_doctor_notices_a_wrong_kernel(capsys, monkeypatch):
+    truth = doctor._results
+    monkeypatch.setattr(doctor, "_results", lambda x, name: [t + (name == "cpp") * 1e-4 for t in truth(x, name)])
+    monkeypatch.setattr(doctor, "_usable", lambda name: name == "cpp")
+    code, out, _ = call(capsys, "doctor")
+    assert code == 1 and "WRONG: largest error 1.0e-04" in out and "cpp computes wrong results" in out
+
+
+def test_doctor_notices_nan(monkeypatch, capsys):
+    monkeypatch.setattr(doctor, "self_check", lambda name: float("nan"))
+    assert call(capsys, "doctor")[0] == 1
+
+
+def test_doctor_names_the_command_for_a_missing_package(capsys, monkeypatch):
+    monkeypatch.setitem(doctor.OPTIONAL, "no-such-package", "nothing")
+    assert "not installed (nothing): pip install no-such-package" in call(capsys, "doctor")[1]
+
+
+def test_module_runs_as_the_command():
+    done = subprocess.run([sys.executable, "-m", "fastprune", "doctr"], capture_output=True, text=True)
+    assert done.returncode == 2 and "did you mean 'doctor'?" in done.stderr and "Traceback" not in done.stderr
