@@ -1,0 +1,748 @@
+"""Batch norm with scale ``w`` or ``sigmoid(w)``, residual add and ReLU: forward and backward.
+
+A small layer takes one launch per direction (a program owns its channels from sums to output), a large one three:
+
+    sums       partial sums, split so that few large planes and many small ones both fill the GPU
+    finalise   partials -> statistics and running statistics | dweight, dbias and two coefficients per channel
+    apply      one elementwise pass
+
+Both layouts go through the same kernels, in two views of x:
+
+    sums       tiles (n, c, s) of planes.  An NCHW plane that does not start on a vector (7 x 7) is read from the
+               vector before it and the foreign elements are dropped after the load: 16-byte loads for any C and S.
+    apply      a matrix whose columns repeat the channels, (N, C * S) for NCHW, (N * S, C) for channels_last: what
+               belongs to a column is loaded once and reused down the rows.  Rows are joined until they are whole vectors.
+
+Each program sums ``x - k`` and ``(x - k)^2`` with k the mean of its first tile.  That tile alone adds ``tile * (k -
+mean)^2`` to the sum of squares, so what cancels is at most the number of tiles of a program, whatever the data.  Partials
+are joined by Chan's formula in float64.  No atomics and fixed chunks: two runs agree bit for bit.
+
+Traffic, in passes over a tensor of x's size (a second read may come from L2): forward in training reads 2 and writes 1,
+in eval reads 1 and writes 1; a residual adds one read.  Backward reads 4 (dy and x twice) and writes 1; with a residual
+it reads 5 (y once, then dresidual in place of dy) and writes 2.  A gate gradient writes 4 bytes per plane.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+
+@triton.jit
+def _planes(
+    n_start, n_last, c, s, size, C, S, numel,
+    VEC: tl.constexpr, CHANNELS_LAST: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """Where elements s .. s + size of planes (n, c) are, n from n_start, c (BLOCK_C,); all (BLOCK_N, BLOCK_C, 1).
+
+    Returns the int64 offset of k = 0, the live k (first .. last), the k to which one may read, and which planes exist.
+    """
+    n = (n_start + tl.arange(0, BLOCK_N)).to(tl.int64)[:, None, None]
+    c = c[None, :, None]
+    # x // VEC * VEC tells the compiler an alignment that the launcher made sure of (numel; C in channels_last)
+    if CHANNELS_LAST:
+        base = (n * S + s) * (C // VEC) * VEC + c
+        first, last, read = 0, size, size
+        exists = (n < n_last) & (c < C // VEC * VEC)
+    else:
+        start = (n * C + c) * S + s
+        vector = start // VEC
+        base = vector * VEC
+        first = (start - base).to(tl.int32)
+        last = first + size
+        read = tl.minimum((last + VEC - 1) // VEC, numel // VEC - vector).to(tl.int32) * VEC
+        exists = (n < n_last) & (c < C)
+    return base, first, last, read, exists
+
+
+@triton.jit
+def _tile(base, first, last, read, exists, k, C, VEC: tl.constexpr, CHANNELS_LAST: tl.constexpr, PEEL: tl.constexpr):
+    """Offsets of the k-th elements, which of them to load (whole vectors), and which count (exact)."""
+    offset = base + k
+    if CHANNELS_LAST:
+        offset = base + k.to(tl.int64) * (C // VEC) * VEC
+    readable = exists & (k < read)
+    live = readable
+    if PEEL:
+        live = exists & (k >= first) & (k < last)
+    return offset, readable, live
+
+
+@triton.jit
+def _affine(weight_ptr, bias_ptr, c, live, SIGMOID: tl.constexpr):
+    """Scale and bias of channels c, float32.  Absent ones are 1 and 0."""
+    s = tl.full(c.shape, 1.0, tl.float32)
+    b = tl.full(c.shape, 0.0, tl.float32)
+    if weight_ptr is not None:
+        s = tl.load(weight_ptr + c, mask=live, other=0.0).to(tl.float32)
+        if SIGMOID:
+            s = tl.sigmoid(s)
+    if bias_ptr is not None:
+        b = tl.load(bias_ptr + c, mask=live, other=0.0).to(tl.float32)
+    return s, b
+
+
+@triton.jit
+def _normalise(x, mean, scale, bias):
+    # fma by name: backward must find the very sign that forward saw, with and without contraction by the compiler
+    return tl.fma(x - mean, scale, bias)
+
+
+@triton.jit
+def _sum_ns(a):
+    return tl.sum(tl.sum(a, axis=2), axis=0)
+
+
+# ---- forward
+
+
+@triton.jit
+def _moments(
+    x_ptr, n_first, n_last, c, s, size,  # planes n_first .. n_last of channels c (BLOCK_C,), elements s .. s + size
+    N, C, S, numel,
+    VEC: tl.constexpr, CHANNELS_LAST: tl.constexpr, PEEL: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr,
+):  # fmt: skip
+    """Count, mean and sum of squared deviations of a chunk, float64, (), (BLOCK_C,), (BLOCK_C,)."""
+    steps = tl.arange(0, BLOCK_S)[None, None, :]
+    base, first, last, read, exists = _planes(n_first, n_last, c, s, size, C, S, numel, VEC, CHANNELS_LAST, BLOCK_N)
+    offset, readable, live = _tile(base, first, last, read, exists, steps, C, VEC, CHANNELS_LAST, PEEL)
+    x = tl.load(x_ptr + offset, mask=readable, other=0.0).to(tl.float32)
+    k = _sum_ns(tl.where(live, x, 0.0)) / tl.maximum(_sum_ns(live.to(tl.float32)), 1.0)
+    k = tl.where(tl.abs(k) < float("inf"), k, 0.0)  # inf must reach the mean as inf: inf - inf would make it nan
+    shift = k[None, :, None]
+
+    sums = tl.zeros((BLOCK_N, BLOCK_C, BLOCK_S), dtype=tl.float32)
+    squares = tl.zeros((BLOCK_N, BLOCK_C, BLOCK_S), dtype=tl.float32)
+    for n_start in range(n_first, n_last, BLOCK_N):
+        base, first, last, read, exists = _planes(n_start, n_last, c, s, size, C, S, numel, VEC, CHANNELS_LAST, BLOCK_N)
+        for start in range(0, size + (VEC - 1 if PEEL else 0), BLOCK_S):
+            offset, readable, live = _tile(base, first, last, read, exists, start + steps, C, VEC, CHANNELS_LAST, PEEL)
+            x = tl.load(x_ptr + offset, mask=readable, other=0.0).to(tl.float32)
+            d = tl.where(live, x - shift, 0.0)
+            sums += d
+            squares += d * d
+    count = ((n_last - n_first) * size).to(tl.float64)
+    total = _sum_ns(sums).to(tl.float64)
+    mean = k.to(tl.float64) + total / count
+    m2 = _sum_ns(squares).to(tl.float64) - total * total / count
+    return count, mean, tl.where(m2 < 0.0, 0.0, m2)  # where keeps nan, maximum may drop it
+
+
+@triton.jit
+def _finish_stats(
+    c, live, count, mean, m2, stats_ptr, running_mean_ptr, running_var_ptr, tracked_ptr, momentum, eps, C,
+    CUMULATIVE: tl.constexpr,
+):  # fmt: skip
+    """Writes stats and updates the running statistics; returns mean and rstd in float32."""
+    rstd = (1.0 / tl.sqrt(m2 / count + eps)).to(tl.float32)
+    tl.store(stats_ptr + c, mean.to(tl.float32), mask=live)
+    tl.store(stats_ptr + C + c, rstd, mask=live)
+    factor = momentum
+    if CUMULATIVE:
+        factor = 1.0 / tl.load(tracked_ptr).to(tl.float32)
+    if running_mean_ptr is not None:
+        old = tl.load(running_mean_ptr + c, mask=live, other=0.0).to(tl.float32)
+        new = (1.0 - factor) * old + factor * mean.to(tl.float32)
+        tl.store(running_mean_ptr + c, new, mask=live)
+    if running_var_ptr is not None:
+        old = tl.load(running_var_ptr + c, mask=live, other=0.0).to(tl.float32)
+        new = (1.0 - factor) * old + factor * (m2 / (count - 1.0)).to(tl.float32)
+        tl.store(running_var_ptr + c, new, mask=live)
+    return mean.to(tl.float32), rstd
+
+
+@triton.jit
+def _sums_kernel(
+    x_ptr,         # N * C * S elements, either layout
+    tracked_ptr,   # int64 () or None
+    partials_ptr,  # (3, P, C) float64: count, mean, squared deviations; P = gridDim.y * gridDim.z
+    N, C, S, numel, CHUNK_N, CHUNK_S,
+    VEC: tl.constexpr, CHANNELS_LAST: tl.constexpr, PEEL: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr,
+):  # fmt: skip
+    """Reads x once."""
+    c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
+    n_first = tl.program_id(1) * CHUNK_N
+    s = tl.program_id(2) * CHUNK_S
+    n_last = tl.minimum(n_first + CHUNK_N, N)
+    size = tl.minimum(CHUNK_S, S - s)
+    count, mean, m2 = _moments(
+        x_ptr, n_first, n_last, c, s, size, N, C, S, numel, VEC, CHANNELS_LAST, PEEL, BLOCK_N, BLOCK_C, BLOCK_S
+    )
+    p = tl.program_id(1) * tl.num_programs(2) + tl.program_id(2)
+    stride = tl.num_programs(1) * tl.num_programs(2) * C
+    out = partials_ptr + p * C + c
+    tl.store(out, tl.zeros((BLOCK_C,), dtype=tl.float64) + count, mask=c < C)
+    tl.store(out + stride, mean, mask=c < C)
+    tl.store(out + 2 * stride, m2, mask=c < C)
+    if tracked_ptr is not None:
+        # here, not in the finalise kernel: there every program may need the new value
+        if (tl.program_id(0) == 0) & (p == 0):
+            tl.store(tracked_ptr, tl.load(tracked_ptr) + 1)
+
+
+@triton.jit
+def _finalise_kernel(
+    partials_ptr,                        # (3, P, C) float64
+    stats_ptr,                           # (2, C) float32
+    running_mean_ptr, running_var_ptr,   # (C,) or None
+    tracked_ptr,                         # int64 () or None, already counted up
+    P, C, momentum, eps,
+    CUMULATIVE: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """Chan's formula over P partials; reads 24 bytes each, twice."""
+    c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
+    inside = (c < C)[None, :]
+    counts = tl.zeros((BLOCK_P, BLOCK_C), dtype=tl.float64)
+    sums = tl.zeros((BLOCK_P, BLOCK_C), dtype=tl.float64)
+    for start in range(0, P, BLOCK_P):
+        p = (start + tl.arange(0, BLOCK_P))[:, None]
+        at = partials_ptr + p * C + c[None, :]
+        count = tl.load(at, mask=inside & (p < P), other=0.0)
+        counts += count
+        sums += tl.where(count > 0.0, count * tl.load(at + P * C, mask=inside & (p < P), other=0.0), 0.0)
+    total = tl.maximum(tl.sum(counts, axis=0), 1.0)
+    mean = tl.sum(sums, axis=0) / total
+    squares = tl.zeros((BLOCK_P, BLOCK_C), dtype=tl.float64)
+    for start in range(0, P, BLOCK_P):
+        p = (start + tl.arange(0, BLOCK_P))[:, None]
+        at = partials_ptr + p * C + c[None, :]
+        count = tl.load(at, mask=inside & (p < P), other=0.0)
+        d = tl.load(at + P * C, mask=inside & (p < P), other=0.0) - mean[None, :]
+        m2 = tl.load(at + 2 * P * C, mask=inside & (p < P), other=0.0)
+        squares += tl.where(count > 0.0, m2 + count * d * d, 0.0)
+    _finish_stats(
+        c, c < C, total, mean, tl.sum(squares, axis=0), stats_ptr, running_mean_ptr, running_var_ptr, tracked_ptr,
+        momentum, eps, C, CUMULATIVE,
+    )  # fmt: skip
+
+
+@triton.jit
+def _apply_kernel(
+    x_ptr, residual_ptr, y_ptr,  # (R, K); residual may be None
+    weight_ptr, bias_ptr,        # (C,) or None
+    stats_ptr,                   # (2, C) float32: read in training, written in eval
+    running_mean_ptr, running_var_ptr,  # (C,) in eval, else None
+    R, K, C, S, CHUNK_R, eps,    # column k is channel k // S, modulo C if REPEAT
+    SIGMOID: tl.constexpr, RELU: tl.constexpr, REPEAT: tl.constexpr, VEC: tl.constexpr,
+    BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """Reads x (and residual), writes y."""
+    k = tl.program_id(0) * BLOCK_K + tl.arange(0, BLOCK_K)
+    inside = k < K // VEC * VEC
+    c = k // S
+    if REPEAT:
+        c = c % C
+    # Backwards: what the sums kernel read last is still in L2.
+    chunk = tl.num_programs(1) - 1 - tl.program_id(1)
+    if running_mean_ptr is not None:
+        mean = tl.load(running_mean_ptr + c, mask=inside, other=0.0).to(tl.float32)
+        var = tl.load(running_var_ptr + c, mask=inside, other=1.0).to(tl.float32)
+        rstd = tl.div_rn(1.0, tl.sqrt_rn(var + eps))
+        once = inside & (k < C * S) & (k % S == 0) & (chunk == 0)
+        tl.store(stats_ptr + c, mean, mask=once)
+        tl.store(stats_ptr + C + c, rstd, mask=once)
+    else:
+        mean = tl.load(stats_ptr + c, mask=inside, other=0.0)
+        rstd = tl.load(stats_ptr + C + c, mask=inside, other=0.0)
+    s, b = _affine(weight_ptr, bias_ptr, c, inside, SIGMOID)
+    s *= rstd
+    for r in range(chunk * CHUNK_R, tl.minimum((chunk + 1) * CHUNK_R, R), BLOCK_R):
+        rows = (r + tl.arange(0, BLOCK_R))[:, None]
+        live = (rows < R) & inside[None, :]
+        offset = rows.to(tl.int64) * (K // VEC) * VEC + k[None, :]
+        x = tl.load(x_ptr + offset, mask=live, other=0.0).to(tl.float32)
+        z = _normalise(x, mean[None, :], s[None, :], b[None, :])
+        if residual_ptr is not None:
+            z += tl.load(residual_ptr + offset, mask=live, other=0.0).to(tl.float32)
+        if RELU:
+            z = tl.where(z <= 0.0, 0.0, z)  # keeps nan, as torch.relu does
+        tl.store(y_ptr + offset, z, mask=live)
+
+
+@triton.jit
+def _fused_kernel(
+    x_ptr, residual_ptr, y_ptr,  # N * C * S elements, either layout
+    weight_ptr, bias_ptr, running_mean_ptr, running_var_ptr,  # (C,) or None
+    tracked_ptr,                 # int64 () or None
+    stats_ptr,                   # (2, C) float32
+    N, C, S, numel, CHUNK_N, CHUNK_S, momentum, eps,
+    SIGMOID: tl.constexpr, RELU: tl.constexpr,
+    VEC: tl.constexpr, CHANNELS_LAST: tl.constexpr, PEEL: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr,
+):  # fmt: skip
+    """The whole forward of BLOCK_C channels; reads x twice (the second time from L1 or L2), writes y."""
+    c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
+    n_last = tl.program_id(1) + CHUNK_N  # one chunk; program_id keeps the launcher's 1s from being constants here
+    size = tl.program_id(2) + CHUNK_S
+    count, mean64, m2 = _moments(
+        x_ptr, 0, n_last, c, 0, size, N, C, S, numel, VEC, CHANNELS_LAST, PEEL, BLOCK_N, BLOCK_C, BLOCK_S
+    )
+    mean, rstd = _finish_stats(
+        c, c < C, count, mean64, m2, stats_ptr, running_mean_ptr, running_var_ptr, tracked_ptr, momentum, eps, C, False
+    )
+    if tracked_ptr is not None:
+        if tl.program_id(0) == 0:
+            tl.store(tracked_ptr, tl.load(tracked_ptr) + 1)
+    s, b = _affine(weight_ptr, bias_ptr, c, c < C, SIGMOID)
+    mean, s, b = mean[None, :, None], (s * rstd)[None, :, None], b[None, :, None]
+    steps = tl.arange(0, BLOCK_S)[None, None, :]
+    for n_start in range(0, n_last, BLOCK_N):
+        base, first, last, read, exists = _planes(n_start, n_last, c, 0, size, C, S, numel, VEC, CHANNELS_LAST, BLOCK_N)
+        for start in range(0, size + (VEC - 1 if PEEL else 0), BLOCK_S):
+            offset, readable, live = _tile(base, first, last, read, exists, start + steps, C, VEC, CHANNELS_LAST, PEEL)
+            x = tl.load(x_ptr + offset, mask=readable, other=0.0).to(tl.float32)
+            z = _normalise(x, mean, s, b)
+            if residual_ptr is not None:
+                z += tl.load(residual_ptr + offset, mask=readable, other=0.0).to(tl.float32)
+            if RELU:
+                z = tl.where(z <= 0.0, 0.0, z)
+            tl.store(y_ptr + offset, z, mask=live)
+
+
+# ---- backward
+
+
+@triton.jit
+def _through_relu(dy, x, y_ptr, offset, readable, mean, scale, bias, RELU: tl.constexpr):
+    """dz: dy where the ReLU passed, judged by y if there is one, else by the forward done again."""
+    dz = dy
+    if RELU:
+        if y_ptr is not None:
+            z = tl.load(y_ptr + offset, mask=readable, other=0.0).to(tl.float32)
+        else:
+            z = _normalise(x, mean, scale, bias)
+        dz = tl.where(z <= 0.0, 0.0, dy)
+    return dz
+
+
+@triton.jit
+def _dz_sums(
+    dy_ptr, x_ptr, y_ptr, dresidual_ptr, gate_ptr, n_first, n_last, c, s, size, mean, rstd, scale, bias,
+    C, S, numel, RELU: tl.constexpr,
+    VEC: tl.constexpr, CHANNELS_LAST: tl.constexpr, PEEL: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr,
+):  # fmt: skip
+    """Sums of dz and of dz * (x - mean) over a chunk, (BLOCK_C,) float32; writes dresidual and gate gradient if asked."""
+    steps = tl.arange(0, BLOCK_S)[None, None, :]
+    factor = (scale * rstd)[None, :, None]
+    sum_dz = tl.zeros((BLOCK_N, BLOCK_C, BLOCK_S), dtype=tl.float32)
+    sum_dot = tl.zeros((BLOCK_N, BLOCK_C, BLOCK_S), dtype=tl.float32)
+    total_dz = tl.zeros((BLOCK_N, BLOCK_C), dtype=tl.float32)
+    total_dot = tl.zeros((BLOCK_N, BLOCK_C), dtype=tl.float32)
+    for n_start in range(n_first, n_last, BLOCK_N):
+        base, first, last, read, exists = _planes(n_start, n_last, c, s, size, C, S, numel, VEC, CHANNELS_LAST, BLOCK_N)
+        if gate_ptr is not None:
+            sum_dz = tl.zeros((BLOCK_N, BLOCK_C, BLOCK_S), dtype=tl.float32)
+            sum_dot = tl.zeros((BLOCK_N, BLOCK_C, BLOCK_S), dtype=tl.float32)
+        for start in range(0, size + (VEC - 1 if PEEL else 0), BLOCK_S):
+            offset, readable, live = _tile(base, first, last, read, exists, start + steps, C, VEC, CHANNELS_LAST, PEEL)
+            x = tl.load(x_ptr + offset, mask=readable, other=0.0).to(tl.float32)
+            dy = tl.load(dy_ptr + offset, mask=readable, other=0.0).to(tl.float32)
+            dz = _through_relu(dy, x, y_ptr, offset, readable, mean[None, :, None], factor, bias[None, :, None], RELU)
+            if dresidual_ptr is not None:
+                tl.store(dresidual_ptr + offset, dz, mask=live)
+            sum_dz += tl.where(live, dz, 0.0)
+            sum_dot += tl.where(live, dz * (x - mean[None, :, None]), 0.0)
+        if gate_ptr is not None:
+            dz_n = tl.sum(sum_dz, axis=2)
+            dot_n = tl.sum(sum_dot, axis=2)
+            total_dz += dz_n
+            total_dot += dot_n
+            rows = (n_start + tl.arange(0, BLOCK_N)).to(tl.int64)[:, None]
+            gate = (scale * rstd)[None, :] * dot_n + bias[None, :] * dz_n
+            tl.store(gate_ptr + rows * C + c[None, :], gate, mask=(rows < n_last) & (c < C)[None, :])
+    if gate_ptr is None:
+        total_dz = tl.sum(sum_dz, axis=2)
+        total_dot = tl.sum(sum_dot, axis=2)
+    return tl.sum(total_dz, axis=0), tl.sum(total_dot, axis=0)
+
+
+@triton.jit
+def _finish_sums(
+    c, live, dz, dot, rstd, weight_ptr, dweight_ptr, dbias_ptr, SIGMOID: tl.constexpr
+):  # fmt: skip
+    """Writes dweight and dbias from the float64 sums of dz and dz * (x - mean)."""
+    if dweight_ptr is not None:
+        dweight = (dot * rstd.to(tl.float64)).to(tl.float32)
+        if SIGMOID:
+            s = tl.sigmoid(tl.load(weight_ptr + c, mask=live, other=0.0).to(tl.float32))
+            dweight *= s * (1.0 - s)
+        tl.store(dweight_ptr + c, dweight, mask=live)
+    if dbias_ptr is not None:
+        tl.store(dbias_ptr + c, dz.to(tl.float32), mask=live)
+
+
+@triton.jit
+def _project(dz, dot, rstd, count):
+    """The two coefficients of dx in training: sum(dz) / m and rstd^2 * sum(dz * (x - mean)) / m, float32."""
+    rstd = rstd.to(tl.float64)
+    return (dz / count).to(tl.float32), (dot * rstd * rstd / count).to(tl.float32)
+
+
+@triton.jit
+def _bwd_sums_kernel(
+    dy_ptr, x_ptr, y_ptr,  # N * C * S elements, either layout; y only with RELU and a residual
+    weight_ptr, bias_ptr, stats_ptr,  # (C,) or None, (C,) or None, (2, C) float32
+    dresidual_ptr,         # as x, or None
+    gate_ptr,              # (gridDim.z, N, C) float32, or None
+    partials_ptr,          # (2, P, C) float32: sums of dz and dz * (x - mean)
+    N, C, S, numel, CHUNK_N, CHUNK_S,  # C counts REPEAT rows of channels, see _split
+    SIGMOID: tl.constexpr, RELU: tl.constexpr, REPEAT: tl.constexpr,
+    VEC: tl.constexpr, CHANNELS_LAST: tl.constexpr, PEEL: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr,
+):  # fmt: skip
+    """Reads dy and x (and y), writes dresidual on request."""
+    c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
+    n_first = tl.program_id(1) * CHUNK_N
+    s = tl.program_id(2) * CHUNK_S
+    n_last = tl.minimum(n_first + CHUNK_N, N)
+    size = tl.minimum(CHUNK_S, S - s)
+    channels = C // REPEAT
+    channel = c % channels
+    mean = tl.load(stats_ptr + channel, mask=c < C, other=0.0)
+    rstd = tl.load(stats_ptr + channels + channel, mask=c < C, other=0.0)
+    scale, bias = _affine(weight_ptr, bias_ptr, channel, c < C, SIGMOID)
+    if gate_ptr is not None:
+        gate_ptr += tl.program_id(2).to(tl.int64) * N * C
+    dz, dot = _dz_sums(
+        dy_ptr, x_ptr, y_ptr, dresidual_ptr, gate_ptr, n_first, n_last, c, s, size, mean, rstd, scale, bias,
+        C, S, numel, RELU, VEC, CHANNELS_LAST, PEEL, BLOCK_N, BLOCK_C, BLOCK_S,
+    )  # fmt: skip
+    p = tl.program_id(1) * tl.num_programs(2) + tl.program_id(2)
+    out = partials_ptr + p * C + c
+    tl.store(out, dz, mask=c < C)
+    tl.store(out + tl.num_programs(1) * tl.num_programs(2) * C, dot, mask=c < C)
+
+
+@triton.jit
+def _bwd_finalise_kernel(
+    partials_ptr,             # (2, P, C) float32
+    weight_ptr, stats_ptr,    # (C,) or None, (2, C) float32
+    dweight_ptr, dbias_ptr,   # (C,) or None
+    projection_ptr,           # (2, C) float32, what apply subtracts
+    P, C, count,
+    SIGMOID: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """Reads 8 bytes per partial."""
+    c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
+    sum_dz = tl.zeros((BLOCK_P, BLOCK_C), dtype=tl.float64)
+    sum_dot = tl.zeros((BLOCK_P, BLOCK_C), dtype=tl.float64)
+    for start in range(0, P, BLOCK_P):
+        p = (start + tl.arange(0, BLOCK_P))[:, None]
+        at = partials_ptr + p * C + c[None, :]
+        live = (p < P) & (c < C)[None, :]
+        sum_dz += tl.load(at, mask=live, other=0.0).to(tl.float64)
+        sum_dot += tl.load(at + P * C, mask=live, other=0.0).to(tl.float64)
+    dz, dot = tl.sum(sum_dz, axis=0), tl.sum(sum_dot, axis=0)
+    rstd = tl.load(stats_ptr + C + c, mask=c < C, other=0.0)
+    _finish_sums(c, c < C, dz, dot, rstd, weight_ptr, dweight_ptr, dbias_ptr, SIGMOID)
+    mean_dz, slope = _project(dz, dot, rstd, count)
+    tl.store(projection_ptr + c, mean_dz, mask=c < C)
+    tl.store(projection_ptr + C + c, slope, mask=c < C)
+
+
+@triton.jit
+def _bwd_apply_kernel(
+    dy_ptr, x_ptr, y_ptr, dx_ptr,     # (R, K); y only with RELU and a residual; dy may be dresidual, then RELU is off
+    weight_ptr, bias_ptr, stats_ptr,  # (C,) or None, (C,) or None, (2, C) float32
+    projection_ptr,                   # (2, C) float32 in training, None in eval
+    R, K, C, S, CHUNK_R,
+    SIGMOID: tl.constexpr, RELU: tl.constexpr, REPEAT: tl.constexpr, VEC: tl.constexpr,
+    BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """Reads dy and x (and y), writes dx."""
+    k = tl.program_id(0) * BLOCK_K + tl.arange(0, BLOCK_K)
+    inside = k < K // VEC * VEC
+    c = k // S
+    if REPEAT:
+        c = c % C
+    chunk = tl.num_programs(1) - 1 - tl.program_id(1)  # backwards, as in _apply_kernel
+    mean = tl.load(stats_ptr + c, mask=inside, other=0.0)
+    rstd = tl.load(stats_ptr + C + c, mask=inside, other=0.0)
+    s, b = _affine(weight_ptr, bias_ptr, c, inside, SIGMOID)
+    mean, s, b = mean[None, :], (s * rstd)[None, :], b[None, :]
+    if projection_ptr is not None:
+        mean_dz = tl.load(projection_ptr + c, mask=inside, other=0.0)[None, :]
+        slope = tl.load(projection_ptr + C + c, mask=inside, other=0.0)[None, :]
+    for r in range(chunk * CHUNK_R, tl.minimum((chunk + 1) * CHUNK_R, R), BLOCK_R):
+        rows = (r + tl.arange(0, BLOCK_R))[:, None]
+        live = (rows < R) & inside[None, :]
+        offset = rows.to(tl.int64) * (K // VEC) * VEC + k[None, :]
+        x = tl.load(x_ptr + offset, mask=live, other=0.0).to(tl.float32)
+        dy = tl.load(dy_ptr + offset, mask=live, other=0.0).to(tl.float32)
+        dx = _through_relu(dy, x, y_ptr, offset, live, mean, s, b, RELU)
+        if projection_ptr is not None:
+            dx = dx - mean_dz - (x - mean) * slope
+        tl.store(dx_ptr + offset, dx * s, mask=live)
+
+
+@triton.jit
+def _bwd_fused_kernel(
+    dy_ptr, x_ptr, y_ptr, dx_ptr, dresidual_ptr,  # N * C * S elements, either layout; y, dx, dresidual may be None
+    weight_ptr, bias_ptr, stats_ptr,              # (C,) or None, (C,) or None, (2, C) float32
+    dweight_ptr, dbias_ptr, gate_ptr,             # (C,) or None, (C,) or None, (N, C) float32 or None
+    N, C, S, numel, CHUNK_N, CHUNK_S,
+    TRAINING: tl.constexpr, SIGMOID: tl.constexpr, RELU: tl.constexpr,
+    VEC: tl.constexpr, CHANNELS_LAST: tl.constexpr, PEEL: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr,
+):  # fmt: skip
+    """The whole backward of BLOCK_C channels; reads dy and x (and y) twice (then from L1 or L2), writes dx."""
+    c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
+    n_last = tl.program_id(1) + CHUNK_N
+    size = tl.program_id(2) + CHUNK_S
+    mean = tl.load(stats_ptr + c, mask=c < C, other=0.0)
+    rstd = tl.load(stats_ptr + C + c, mask=c < C, other=0.0)
+    scale, bias = _affine(weight_ptr, bias_ptr, c, c < C, SIGMOID)
+    dz, dot = _dz_sums(
+        dy_ptr, x_ptr, y_ptr, dresidual_ptr, gate_ptr, 0, n_last, c, 0, size, mean, rstd, scale, bias,
+        C, S, numel, RELU, VEC, CHANNELS_LAST, PEEL, BLOCK_N, BLOCK_C, BLOCK_S,
+    )  # fmt: skip
+    dz, dot = dz.to(tl.float64), dot.to(tl.float64)
+    _finish_sums(c, c < C, dz, dot, rstd, weight_ptr, dweight_ptr, dbias_ptr, SIGMOID)
+    if dx_ptr is not None:
+        mean_dz, slope = _project(dz, dot, rstd, (n_last * size).to(tl.float64))
+        mean, s, b = mean[None, :, None], (scale * rstd)[None, :, None], bias[None, :, None]
+        steps = tl.arange(0, BLOCK_S)[None, None, :]
+        for n_start in range(0, n_last, BLOCK_N):
+            base, first, last, read, exists = _planes(
+                n_start, n_last, c, 0, size, C, S, numel, VEC, CHANNELS_LAST, BLOCK_N
+            )
+            for start in range(0, size + (VEC - 1 if PEEL else 0), BLOCK_S):
+                k = start + steps
+                offset, readable, live = _tile(base, first, last, read, exists, k, C, VEC, CHANNELS_LAST, PEEL)
+                x = tl.load(x_ptr + offset, mask=readable, other=0.0).to(tl.float32)
+                dy = tl.load(dy_ptr + offset, mask=readable, other=0.0).to(tl.float32)
+                dx = _through_relu(dy, x, y_ptr, offset, readable, mean, s, b, RELU)
+                if TRAINING:
+                    dx = dx - mean_dz[None, :, None] - (x - mean) * slope[None, :, None]
+                tl.store(dx_ptr + offset, dx * s, mask=live)
+
+
+# ---- launch geometry: chosen by occupancy and load width on paper, not yet measured on a GPU
+
+PROGRAMS = 1024  # fills 132 multiprocessors; a constant, so that the order of a sum does not depend on the device
+FUSED_ELEMENTS = 32768  # at most so many per program of the one-launch kernels
+TILE, FUSED_TILE = 2048, 8192  # elements of a tile, 16 per thread
+
+
+def _pow2(n: int) -> int:
+    return triton.next_power_of_2(max(n, 1))
+
+
+def _vector(itemsize: int, n: int) -> int:
+    """Elements of the widest load, at most 16 bytes, of which n is a multiple."""
+    vec = 16 // itemsize
+    while n % vec:
+        vec //= 2
+    return vec
+
+
+def sums_config(N: int, C: int, S: int, channels_last: bool, itemsize: int, fused: bool = False) -> dict[str, int]:
+    """Blocks of the kernels that walk over planes (n, c, s)."""
+    tile = FUSED_TILE if fused else TILE
+    if channels_last:
+        vec, peel = _vector(itemsize, C), False
+        block_c = min(_pow2(C), 32 // itemsize if fused else 64)  # a sector | a line or two
+        block_s = min(_pow2(S), tile // block_c)
+    else:
+        vec = _vector(itemsize, N * C * S)
+        peel = S % vec != 0
+        reach = S + vec - 1 if peel else S
+        # the block with the least padding, and of equals the largest
+        block_s = min((b for b in (2048, 1024, 512, 256, 128, 64) if b <= _pow2(reach)), default=_pow2(reach),
+                      key=lambda b: triton.cdiv(reach, b) * b)  # fmt: skip
+        # neighbouring small planes share cache lines
+        block_c = min(_pow2(C), max(1, 4096 // _pow2(N * S) if fused else 512 // block_s))
+    block_n = min(_pow2(N), tile // (block_c * block_s))
+    return {
+        "VEC": vec, "CHANNELS_LAST": channels_last, "PEEL": peel,
+        "BLOCK_N": block_n, "BLOCK_C": block_c, "BLOCK_S": block_s,
+        "num_warps": max(1, min(16, block_n * block_c * block_s // 512)),
+    }  # fmt: skip
+
+
+def chunks(N: int, C: int, S: int, cfg: dict[str, int]) -> tuple[tuple[int, int, int], int, int]:
+    """Grid of a sums kernel (channel blocks, chunks of samples, chunks of a plane), and the sizes of the chunks."""
+    blocks = triton.cdiv(C, cfg["BLOCK_C"])
+    want = triton.cdiv(PROGRAMS, blocks)
+    tiles_n, tiles_s = triton.cdiv(N, cfg["BLOCK_N"]), triton.cdiv(S, cfg["BLOCK_S"])
+    chunk_n = triton.cdiv(tiles_n, min(tiles_n, want)) * cfg["BLOCK_N"]
+    parts_n = triton.cdiv(N, chunk_n)
+    chunk_s = triton.cdiv(tiles_s, min(tiles_s, triton.cdiv(want, parts_n))) * cfg["BLOCK_S"]
+    return (blocks, parts_n, triton.cdiv(S, chunk_s)), chunk_n, chunk_s
+
+
+def finalise_config(P: int, C: int) -> dict[str, int]:
+    return {"BLOCK_P": min(_pow2(P), 128), "BLOCK_C": min(_pow2(C), 8), "num_warps": 4}
+
+
+def apply_config(rows: int, cols: int, itemsize: int, repeat: bool) -> dict[str, int]:
+    block_k = min(_pow2(cols), 512)
+    block_r = min(_pow2(rows), TILE // block_k)
+    return {
+        "REPEAT": repeat, "VEC": _vector(itemsize, cols), "BLOCK_R": block_r, "BLOCK_K": block_k,
+        "num_warps": max(1, block_r * block_k // 512),
+    }  # fmt: skip
+
+
+def _sizes(op: str, x: Tensor) -> tuple[int, int, int, bool]:
+    """N, C, S = H * W, and whether channels are innermost."""
+    N, C, H, W = x.shape
+    S = H * W
+    if max(N, C) * S > 2**30:
+        raise ValueError(f"{op}: expected N * H * W and C * H * W up to 2^30, got {tuple(x.shape)}; split the batch")
+    if x.is_contiguous():
+        return N, C, S, S == 1  # 1 x 1 planes: the same memory, and channels make the longer runs
+    if x.is_contiguous(memory_format=torch.channels_last):
+        return N, C, S, True
+    raise ValueError(f"{op}: expected x contiguous or channels_last, got strides {x.stride()}; call .contiguous()")
+
+
+def _fused(N: int, C: int, S: int, channels_last: bool, itemsize: int, per_sample: bool) -> tuple | None:
+    """Grid, sizes and blocks of a one-launch kernel, or None if the layer is too large for it."""
+    if channels_last and not per_sample:
+        N, S = 1, N * S
+    cfg = sums_config(N, C, S, channels_last, itemsize, fused=True)
+    if N * S * cfg["BLOCK_C"] > FUSED_ELEMENTS:
+        return None
+    return (triton.cdiv(C, cfg["BLOCK_C"]),), (N, C, S, N * C * S, N, S), cfg
+
+
+def _split(N: int, C: int, S: int, channels_last: bool, itemsize: int, per_sample: bool) -> tuple:
+    """Grid, sizes and blocks of a sums kernel, and how many times its channels repeat.
+
+    channels_last rows are one long plane unless sums per sample are wanted.  There a ragged C is made whole vectors by
+    taking neighbouring rows for more channels: partials (P, repeat * C) are read as (P * repeat, C) by the finalise kernel.
+    """
+    repeat = 1
+    if channels_last and not per_sample:
+        N, S = 1, N * S
+        while C * repeat * itemsize % 16 and S % (2 * repeat) == 0:
+            repeat *= 2
+        C, S = C * repeat, S // repeat
+    cfg = sums_config(N, C, S, channels_last, itemsize)
+    grid, chunk_n, chunk_s = chunks(N, C, S, cfg)
+    return grid, (N, C, S, N * C * S, chunk_n, chunk_s), cfg, repeat
+
+
+def _matrix(N: int, C: int, S: int, channels_last: bool, itemsize: int) -> tuple:
+    """Grid, sizes and blocks of an apply kernel."""
+    rows, cols = (N * S, C) if channels_last else (N, C * S)
+    once = cols
+    while cols * itemsize % 16 and rows % 2 == 0:
+        rows, cols = rows // 2, cols * 2
+    cfg = apply_config(rows, cols, itemsize, cols != once)
+    blocks, tiles = triton.cdiv(cols, cfg["BLOCK_K"]), triton.cdiv(rows, cfg["BLOCK_R"])
+    chunk = triton.cdiv(tiles, min(tiles, triton.cdiv(4 * PROGRAMS, blocks))) * cfg["BLOCK_R"]
+    return (blocks, triton.cdiv(rows, chunk)), (rows, cols, C, 1 if channels_last else S, chunk), cfg
+
+
+def batch_norm_act(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None,
+    running_mean: Tensor | None, running_var: Tensor | None, num_batches_tracked: Tensor | None,
+    training: bool, momentum: float | None, eps: float, sigmoid: bool, relu: bool, save_mask: bool,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """Launches the forward; arguments and results as in :mod:`fastprune.ops.batch_norm_act`.
+
+    The mask is always empty: backward rereads y, which costs no memory, as the next layer keeps it anyway.
+    """
+    N, C, S, channels_last = _sizes("batch_norm_act", x)
+    y = torch.empty_like(x)
+    stats = x.new_empty((2, C), dtype=torch.float32)
+    mask = x.new_empty((0,), dtype=torch.uint8)
+    if not training and (running_mean is None or running_var is None):
+        raise ValueError("batch_norm_act: eval mode needs running_mean and running_var; pass both, or training=True")
+    if x.numel() == 0:  # as torch: the batch is counted, the running statistics stay
+        if training and num_batches_tracked is not None:
+            num_batches_tracked.add_(1)
+        return y, stats.zero_(), mask
+    size = x.element_size()
+    cumulative = momentum is None and num_batches_tracked is not None
+    momentum = 0.0 if momentum is None else momentum
+    with torch.cuda.device_of(x):
+        grid, sizes, cfg = _matrix(N, C, S, channels_last, size)
+        if not training:
+            _apply_kernel[grid](
+                x, residual, y, weight, bias, stats, running_mean, running_var, *sizes, eps, sigmoid, relu, **cfg
+            )
+            return y, stats, mask
+        # Cumulative averages need the count before any program writes it, hence two launches.
+        fused = None if cumulative else _fused(N, C, S, channels_last, size, False)
+        if fused:
+            grid, sizes, cfg = fused
+            _fused_kernel[grid](
+                x, residual, y, weight, bias, running_mean, running_var, num_batches_tracked, stats, *sizes,
+                momentum, eps, sigmoid, relu, **cfg,
+            )  # fmt: skip
+            return y, stats, mask
+        part_grid, part_sizes, part_cfg, repeat = _split(N, C, S, channels_last, size, False)
+        P = part_grid[1] * part_grid[2] * repeat
+        partials = x.new_empty((3, P, C), dtype=torch.float64)
+        _sums_kernel[part_grid](x, num_batches_tracked, partials, *part_sizes, **part_cfg)
+        final = finalise_config(P, C)
+        _finalise_kernel[(triton.cdiv(C, final["BLOCK_C"]),)](
+            partials, stats, running_mean, running_var, num_batches_tracked, P, C, momentum, eps, cumulative, **final
+        )
+        _apply_kernel[grid](x, residual, y, weight, bias, stats, None, None, *sizes, eps, sigmoid, relu, **cfg)
+    return y, stats, mask
+
+
+def batch_norm_act_backward(
+    dy: Tensor, x: Tensor, weight: Tensor | None, bias: Tensor | None, stats: Tensor, y: Tensor | None,
+    mask: Tensor | None, gate_grad: Tensor | None, training: bool, eps: float, sigmoid: bool, relu: bool,
+    need_dx: bool, need_dresidual: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """Launches the backward; arguments and results as in :mod:`fastprune.ops.batch_norm_act`.
+
+    ``y`` is given exactly when a residual was added before the ReLU; without it the ReLU is judged by redoing the forward.
+    """
+    N, C, S, channels_last = _sizes("batch_norm_act_backward", x)
+    if mask is not None and mask.numel():
+        raise ValueError("batch_norm_act_backward: expected y, got mask bits, which another backend's forward saved")
+    dx = torch.empty_like(x) if need_dx else x.new_empty((0,))
+    dresidual = torch.empty_like(x) if need_dresidual else x.new_empty((0,))
+    dweight = x.new_empty((0,)) if weight is None else torch.empty_like(weight)
+    dbias = x.new_empty((0,)) if bias is None else torch.empty_like(bias)
+    if x.numel() == 0:
+        if gate_grad is not None:
+            gate_grad.zero_()
+        return dx, dweight.zero_(), dbias.zero_(), dresidual
+    size = x.element_size()
+    y = y if relu else None
+    dweight_or_none = None if weight is None else dweight
+    dbias_or_none = None if bias is None else dbias
+    dz = dresidual if need_dresidual else None
+    per_sample = gate_grad is not None
+    with torch.cuda.device_of(x):
+        fused = _fused(N, C, S, channels_last, size, per_sample)
+        if fused:
+            grid, sizes, cfg = fused
+            _bwd_fused_kernel[grid](
+                dy, x, y, dx if need_dx else None, dz, weight, bias, stats, dweight_or_none, dbias_or_none, gate_grad,
+                *sizes, training, sigmoid, relu, **cfg,
+            )  # fmt: skip
+            return dx, dweight, dbias, dresidual
+        grid, sizes, cfg, repeat = _split(N, C, S, channels_last, size, per_sample)
+        P = grid[1] * grid[2] * repeat
+        partials = x.new_empty((2, P, C), dtype=torch.float32)
+        projection = x.new_empty((2, C), dtype=torch.float32)
+        gate = gate_grad if gate_grad is None or grid[2] == 1 else gate_grad.new_empty((grid[2], N, C))
+        _bwd_sums_kernel[grid](dy, x, y, weight, bias, stats, dz, gate, partials, *sizes, sigmoid, relu, repeat, **cfg)
+        final = finalise_config(P, C)
+        _bwd_finalise_kernel[(triton.cdiv(C, final["BLOCK_C"]),)](
+            partials, weight, stats, dweight_or_none, dbias_or_none, projection, P, C, float(N * S), sigmoid, **final
+        )
+        if gate is not gate_grad:
+            torch.sum(gate, 0, out=gate_grad)
+        if need_dx:
+            grid, sizes, cfg = _matrix(N, C, S, channels_last, size)
+            masked = (dz, False, None) if need_dresidual else (dy, relu, y)  # dz is dy after the ReLU already
+            _bwd_apply_kernel[grid](
+                masked[0], x, masked[2], dx, weight, bias, stats, projection if training else None, *sizes,
+                sigmoid, masked[1], **cfg,
+            )  # fmt: skip
+    return dx, dweight, dbias, dresidual
