@@ -183,7 +183,7 @@ def test_state_of_the_other_kind_is_refused(strict):
 
 def test_reset_parameters():
     m = SigmoidBatchNorm2d(1000)
-    assert m.bias is None and abs(float(m.weight.mean())) < 0.2 and 0.8 < float(m.weight.std()) < 1.2
+    assert m.bias is None and abs(m.weight.mean().item()) < 0.2 and 0.8 < m.weight.std().item() < 1.2
     m = BatchNormAct2d(3, bias=False)
     m.running_mean.fill_(2)
     m.reset_parameters()
@@ -262,6 +262,7 @@ def test_compile_fullgraph(kwargs, training):
         close(got, want)
 
 
+@pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")  # inductor's own
 def test_compile_inductor():
     torch.compiler.reset()
     m = BatchNormAct2d(4, act="relu")

@@ -69,7 +69,7 @@ class BatchNormAct2d(nn.BatchNorm2d):
 
     @property
     def scale(self) -> Tensor | None:
-        """The factor of each channel, (C,): sigmoid(weight) or ``weight``; None with ``affine=False`` (a factor of 1)."""
+        """Factor of each channel, (C,): sigmoid(weight) or ``weight``; None (a factor of 1) with ``affine=False``."""
         return self.weight.sigmoid() if self.bound else self.weight
 
     def reset_parameters(self) -> None:
@@ -133,8 +133,8 @@ class BatchNormAct2d(nn.BatchNorm2d):
         bound = local_metadata.get("bound")
         if "version" in local_metadata and bound != self.bound:
             error_msgs.append(
-                f"{prefix[:-1] or type(self).__name__}: the state is of a norm with scale {_scale_text(bound)}, this one "
-                f"has scale {_scale_text(self.bound)}; load it into a model of its own kind, then call "
+                f"{prefix[:-1] or type(self).__name__}: the state is of a norm with scale {_scale_text(bound)}, this "
+                f"one has scale {_scale_text(self.bound)}; load it into a model of its own kind, then call "
                 "fastprune.nn.convert_batchnorm(model, bound='sigmoid')"
             )
             return
