@@ -8,6 +8,7 @@ from fastprune import backends, data, graph, methods, models, nn, ops
 from fastprune.compact import compact
 from fastprune.errors import BackendError, DataError, FastpruneError, GraphError, TrainingError
 from fastprune.flops import flops
+from fastprune.memory import tune_cpu_memory
 from fastprune.methods import create
 from fastprune.select import keep_masks
 from fastprune.train import prune_finetune, train  # functions; modules behind stay importable
@@ -31,4 +32,5 @@ __all__ = [
     "ops",
     "prune_finetune",
     "train",
+    "tune_cpu_memory",
 ]
