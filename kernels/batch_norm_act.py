@@ -11,11 +11,11 @@ Both layouts go through the same kernels, in two views of x:
     sums       tiles (n, c, s) of planes.  An NCHW plane that does not start on a vector (7 x 7) is read from the
                vector before it and the foreign elements are dropped after the load: 16-byte loads for any C and S.
     apply      a matrix whose columns repeat the channels, (N, C * S) for NCHW, (N * S, C) for channels_last: what
-               belongs to a column is loaded once and reused down the rows.  Rows are joined until they are whole vectors.
+               belongs to a column is loaded once and reused down the rows.  Rows are joined until vectors fit.
 
 Each program sums ``x - k`` and ``(x - k)^2`` with k the mean of its first tile.  That tile alone adds ``tile * (k -
-mean)^2`` to the sum of squares, so what cancels is at most the number of tiles of a program, whatever the data.  Partials
-are joined by Chan's formula in float64.  No atomics and fixed chunks: two runs agree bit for bit.
+mean)^2`` to the sum of squares, so what cancels is at most the number of tiles of a program, whatever the data.
+Partials are joined by Chan's formula in float64.  No atomics, fixed chunks: two runs agree bit for bit.
 
 Traffic, in passes over a tensor of x's size (a second read may come from L2): forward in training reads 2 and writes 1,
 in eval reads 1 and writes 1; a residual adds one read.  Backward reads 4 (dy and x twice) and writes 1; with a residual
@@ -190,7 +190,7 @@ def _finalise_kernel(
     stats_ptr,                           # (2, C) float32
     running_mean_ptr, running_var_ptr,   # (C,) or None
     tracked_ptr,                         # int64 () or None, already counted up
-    P, C, momentum, eps,
+    P, C, momentum, eps: tl.float64,
     CUMULATIVE: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """Chan's formula over P partials; reads 24 bytes each, twice."""
@@ -226,7 +226,7 @@ def _apply_kernel(
     weight_ptr, bias_ptr,        # (C,) or None
     stats_ptr,                   # (2, C) float32: read in training, written in eval
     running_mean_ptr, running_var_ptr,  # (C,) in eval, else None
-    R, K, C, S, CHUNK_R, eps,    # column k is channel k // S, modulo C if REPEAT
+    R, K, C, S, CHUNK_R, eps: tl.float64,  # column k is channel k // S, modulo C if REPEAT
     SIGMOID: tl.constexpr, RELU: tl.constexpr, REPEAT: tl.constexpr, VEC: tl.constexpr,
     BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
@@ -240,8 +240,8 @@ def _apply_kernel(
     chunk = tl.num_programs(1) - 1 - tl.program_id(1)
     if running_mean_ptr is not None:
         mean = tl.load(running_mean_ptr + c, mask=inside, other=0.0).to(tl.float32)
-        var = tl.load(running_var_ptr + c, mask=inside, other=1.0).to(tl.float32)
-        rstd = tl.div_rn(1.0, tl.sqrt_rn(var + eps))
+        var = tl.load(running_var_ptr + c, mask=inside, other=1.0).to(tl.float64)
+        rstd = (1.0 / tl.sqrt(var + eps)).to(tl.float32)
         once = inside & (k < C * S) & (k % S == 0) & (chunk == 0)
         tl.store(stats_ptr + c, mean, mask=once)
         tl.store(stats_ptr + C + c, rstd, mask=once)
@@ -269,7 +269,7 @@ def _fused_kernel(
     weight_ptr, bias_ptr, running_mean_ptr, running_var_ptr,  # (C,) or None
     tracked_ptr,                 # int64 () or None
     stats_ptr,                   # (2, C) float32
-    N, C, S, numel, CHUNK_N, CHUNK_S, momentum, eps,
+    N, C, S, numel, CHUNK_N, CHUNK_S, momentum, eps: tl.float64,
     SIGMOID: tl.constexpr, RELU: tl.constexpr,
     VEC: tl.constexpr, CHANNELS_LAST: tl.constexpr, PEEL: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr,
@@ -326,7 +326,7 @@ def _dz_sums(
     VEC: tl.constexpr, CHANNELS_LAST: tl.constexpr, PEEL: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr,
 ):  # fmt: skip
-    """Sums of dz and of dz * (x - mean) over a chunk, (BLOCK_C,) float32; writes dresidual and gate gradient if asked."""
+    """Sums of dz and dz * (x - mean) over a chunk, (BLOCK_C,) float32; writes dresidual and gate gradient if asked."""
     steps = tl.arange(0, BLOCK_S)[None, None, :]
     factor = (scale * rstd)[None, :, None]
     sum_dz = tl.zeros((BLOCK_N, BLOCK_C, BLOCK_S), dtype=tl.float32)
@@ -388,7 +388,7 @@ def _bwd_sums_kernel(
     dy_ptr, x_ptr, y_ptr,  # N * C * S elements, either layout; y only with RELU and a residual
     weight_ptr, bias_ptr, stats_ptr,  # (C,) or None, (C,) or None, (2, C) float32
     dresidual_ptr,         # as x, or None
-    gate_ptr,              # (gridDim.z, N, C) float32, or None
+    gate_ptr,              # (gridDim.z, N, C) float32 with C as below, or None
     partials_ptr,          # (2, P, C) float32: sums of dz and dz * (x - mean)
     N, C, S, numel, CHUNK_N, CHUNK_S,  # C counts REPEAT rows of channels, see _split
     SIGMOID: tl.constexpr, RELU: tl.constexpr, REPEAT: tl.constexpr,
@@ -424,7 +424,7 @@ def _bwd_finalise_kernel(
     weight_ptr, stats_ptr,    # (C,) or None, (2, C) float32
     dweight_ptr, dbias_ptr,   # (C,) or None
     projection_ptr,           # (2, C) float32, what apply subtracts
-    P, C, count,
+    P, C, count: tl.float64,
     SIGMOID: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """Reads 8 bytes per partial."""
@@ -526,7 +526,7 @@ def _bwd_fused_kernel(
 
 PROGRAMS = 1024  # fills 132 multiprocessors; a constant, so that the order of a sum does not depend on the device
 FUSED_ELEMENTS = 32768  # at most so many per program of the one-launch kernels
-TILE, FUSED_TILE = 2048, 8192  # elements of a tile, 16 per thread
+TILE, WIDE_TILE = 2048, 4096  # elements of a tile: 16 per thread of 4 | 8 warps
 
 
 def _pow2(n: int) -> int:
@@ -543,7 +543,7 @@ def _vector(itemsize: int, n: int) -> int:
 
 def sums_config(N: int, C: int, S: int, channels_last: bool, itemsize: int, fused: bool = False) -> dict[str, int]:
     """Blocks of the kernels that walk over planes (n, c, s)."""
-    tile = FUSED_TILE if fused else TILE
+    tile = WIDE_TILE if fused else TILE
     if channels_last:
         vec, peel = _vector(itemsize, C), False
         block_c = min(_pow2(C), 32 // itemsize if fused else 64)  # a sector | a line or two
@@ -582,10 +582,10 @@ def finalise_config(P: int, C: int) -> dict[str, int]:
 
 def apply_config(rows: int, cols: int, itemsize: int, repeat: bool) -> dict[str, int]:
     block_k = min(_pow2(cols), 512)
-    block_r = min(_pow2(rows), TILE // block_k)
+    block_r = min(_pow2(rows), WIDE_TILE // block_k)
     return {
         "REPEAT": repeat, "VEC": _vector(itemsize, cols), "BLOCK_R": block_r, "BLOCK_K": block_k,
-        "num_warps": max(1, block_r * block_k // 512),
+        "num_warps": max(1, min(4, block_r * block_k // 512)),
     }  # fmt: skip
 
 
@@ -615,12 +615,14 @@ def _fused(N: int, C: int, S: int, channels_last: bool, itemsize: int, per_sampl
 def _split(N: int, C: int, S: int, channels_last: bool, itemsize: int, per_sample: bool) -> tuple:
     """Grid, sizes and blocks of a sums kernel, and how many times its channels repeat.
 
-    channels_last rows are one long plane unless sums per sample are wanted.  There a ragged C is made whole vectors by
-    taking neighbouring rows for more channels: partials (P, repeat * C) are read as (P * repeat, C) by the finalise kernel.
+    channels_last samples are one long plane unless sums per sample are wanted.  A ragged C is made whole vectors by taking
+    neighbouring rows for more channels: the finalise kernel reads partials (P, repeat * C) as (P * repeat, C).  With sums
+    per sample that needs an even H * W; 7 x 7 with a ragged C is read element by element.
     """
     repeat = 1
-    if channels_last and not per_sample:
-        N, S = 1, N * S
+    if channels_last:
+        if not per_sample:
+            N, S = 1, N * S
         while C * repeat * itemsize % 16 and S % (2 * repeat) == 0:
             repeat *= 2
         C, S = C * repeat, S // repeat
@@ -637,7 +639,7 @@ def _matrix(N: int, C: int, S: int, channels_last: bool, itemsize: int) -> tuple
         rows, cols = rows // 2, cols * 2
     cfg = apply_config(rows, cols, itemsize, cols != once)
     blocks, tiles = triton.cdiv(cols, cfg["BLOCK_K"]), triton.cdiv(rows, cfg["BLOCK_R"])
-    chunk = triton.cdiv(tiles, min(tiles, triton.cdiv(4 * PROGRAMS, blocks))) * cfg["BLOCK_R"]
+    chunk = triton.cdiv(tiles, min(tiles, triton.cdiv(PROGRAMS, blocks))) * cfg["BLOCK_R"]
     return (blocks, triton.cdiv(rows, chunk)), (rows, cols, C, 1 if channels_last else S, chunk), cfg
 
 
@@ -698,7 +700,7 @@ def batch_norm_act_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Launches the backward; arguments and results as in :mod:`fastprune.ops.batch_norm_act`.
 
-    ``y`` is given exactly when a residual was added before the ReLU; without it the ReLU is judged by redoing the forward.
+    ``y`` is given exactly when a residual was added before the ReLU; else the forward is redone to judge the ReLU.
     """
     N, C, S, channels_last = _sizes("batch_norm_act_backward", x)
     if mask is not None and mask.numel():
@@ -730,14 +732,16 @@ def batch_norm_act_backward(
         P = grid[1] * grid[2] * repeat
         partials = x.new_empty((2, P, C), dtype=torch.float32)
         projection = x.new_empty((2, C), dtype=torch.float32)
-        gate = gate_grad if gate_grad is None or grid[2] == 1 else gate_grad.new_empty((grid[2], N, C))
+        gate = gate_grad
+        if per_sample and grid[2] * repeat > 1:
+            gate = gate_grad.new_empty((grid[2], N, repeat, C))
         _bwd_sums_kernel[grid](dy, x, y, weight, bias, stats, dz, gate, partials, *sizes, sigmoid, relu, repeat, **cfg)
         final = finalise_config(P, C)
         _bwd_finalise_kernel[(triton.cdiv(C, final["BLOCK_C"]),)](
             partials, weight, stats, dweight_or_none, dbias_or_none, projection, P, C, float(N * S), sigmoid, **final
         )
         if gate is not gate_grad:
-            torch.sum(gate, 0, out=gate_grad)
+            torch.sum(gate, (0, 2), out=gate_grad)
         if need_dx:
             grid, sizes, cfg = _matrix(N, C, S, channels_last, size)
             masked = (dz, False, None) if need_dresidual else (dy, relu, y)  # dz is dy after the ReLU already
@@ -746,3 +750,53 @@ def batch_norm_act_backward(
                 sigmoid, masked[1], **cfg,
             )  # fmt: skip
     return dx, dweight, dbias, dresidual
+
+
+# ---- what scripts/aot_check.py compiles
+
+AOT_DTYPES = ("bf16", "fp16", "fp32")
+
+
+def aot(dtype: str) -> list[tuple]:
+    """Kernels, argument types and configurations at layers of ResNet-50 (56 x 56, 7 x 7), in both layouts."""
+    size = 4 if dtype == "fp32" else 2
+    x, param, f64 = f"*{dtype}:16", "*fp32:16", "*fp64:16"
+    ints = ("N", "C", "S", "R", "K", "P", "numel", "CHUNK_N", "CHUNK_S", "CHUNK_R")
+    args = {
+        **dict.fromkeys(ints, "i32"), "momentum": "fp32", "eps": "fp64", "count": "fp64", "tracked_ptr": "*i64:16",
+        **dict.fromkeys(("x_ptr", "y_ptr", "residual_ptr", "dy_ptr", "dx_ptr", "dresidual_ptr"), x),
+        **dict.fromkeys(("weight_ptr", "bias_ptr", "dweight_ptr", "dbias_ptr", "stats_ptr", "projection_ptr"), param),
+        **dict.fromkeys(("running_mean_ptr", "running_var_ptr", "gate_ptr"), param),
+        "SIGMOID": True, "RELU": True, "TRAINING": True, "CUMULATIVE": False,
+    }  # fmt: skip
+    entries = []
+
+    def add(label: str, kernel: triton.JITFunction, cfg: dict, wide: bool, **special: object) -> None:
+        entries.append((label, kernel, {**args, **special}, cfg, wide))
+
+    plain = {"y_ptr": None, "dresidual_ptr": None, "gate_ptr": None}
+    for label, N, C, S, nhwc in (
+        ("nchw 56x56", 256, 64, 3136, False), ("nchw 7x7", 256, 512, 49, False),
+        ("nhwc 56x56", 256, 64, 3136, True), ("nhwc ragged", 256, 37, 784, True),
+    ):  # fmt: skip
+        *_, cfg, repeat = _split(N, C, S, nhwc, size, False)
+        one = {"N": 1} if nhwc else {}  # as the launcher sees it: 1 is a constant to Triton
+        add(label, _sums_kernel, cfg, True, partials_ptr=f64, **one)
+        add(label, _bwd_sums_kernel, cfg, True, partials_ptr=param, REPEAT=repeat, **one, **plain)
+        *_, cfg, repeat = _split(N, C, S, nhwc, size, True)
+        add(f"{label} gate+add", _bwd_sums_kernel, cfg, True, partials_ptr=param, REPEAT=repeat)
+        *_, cfg = _matrix(N, C, S, nhwc, size)
+        one = {"S": 1} if nhwc else {}
+        no_stats = {"running_mean_ptr": None, "running_var_ptr": None}
+        add(label, _apply_kernel, cfg, True, residual_ptr=None, **no_stats, **one)
+        add(f"{label} eval+add", _apply_kernel, cfg, True, **one)
+        add(label, _bwd_apply_kernel, cfg, True, y_ptr=None, **one)
+    for label, N, C, S, nhwc in (
+        ("nchw 8x8", 128, 64, 64, False), ("nchw 7x7", 64, 64, 49, False), ("nhwc 8x8", 16, 64, 64, True)
+    ):  # fmt: skip
+        *_, cfg = _fused(N, C, S, nhwc, size, True)
+        add(f"{label} add", _fused_kernel, cfg, True)
+        add(f"{label} gate+add", _bwd_fused_kernel, cfg, True)
+    add("", _finalise_kernel, finalise_config(512, 64), False, partials_ptr=f64, CUMULATIVE=True)
+    add("", _bwd_finalise_kernel, finalise_config(512, 64), False, partials_ptr=param)
+    return entries
