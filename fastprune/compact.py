@@ -107,7 +107,7 @@ def prove(model: nn.Module, graph: ChannelGraph, keep: Keep, example_inputs: Any
         raise GraphError(
             f"compact: without the channels, {where} does not compute what it does with them masked"
             f"{why or f' (relative difference {worst:.1e})'}; nothing was changed.  "
-            "If its code relies on fixed channel counts, pass graph=trace(..., strict=True), or leave its group out of keep"
+            "If its code relies on fixed channel counts, pass graph=trace(..., strict=True) or leave the group whole"
         )
 
 

@@ -22,6 +22,7 @@ import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, is_dataclass
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -58,7 +59,6 @@ class Group:
         depthwise: Depthwise convolutions the channels run through.
         norms: Batch and group norms with a scale, shift or statistic per channel, in module order.
         consumers: Modules that read the channels as input features.
-        index: ``(tensor name, dim) -> Index`` for every parameter and buffer that shrinks with the group.
     """
 
     name: str
@@ -67,7 +67,19 @@ class Group:
     depthwise: tuple[str, ...]
     norms: tuple[str, ...]
     consumers: tuple[str, ...]
-    index: dict[tuple[str, int], Index] = field(repr=False)
+    rows: tuple[Row, ...] = field(repr=False, compare=False)  # the tensor dimensions it touches
+    channel_of: np.ndarray = field(repr=False, compare=False)  # of the graph
+    base: int = field(repr=False, compare=False)  # number of its first channel there
+
+    @cached_property
+    def index(self) -> dict[tuple[str, int], Index]:
+        """``(tensor name, dim) -> Index`` for every parameter and buffer that shrinks with the group."""
+        index = {}
+        for row in self.rows:
+            channel = self.channel_of[row.start : row.start + row.size] - self.base
+            position = np.flatnonzero((channel >= 0) & (channel < self.size))
+            index[row.name, row.dim] = Index(torch.from_numpy(position), torch.from_numpy(channel[position]))
+        return index
 
     @property
     def coupled(self) -> bool:
@@ -310,20 +322,21 @@ def _watch(tracer: Tracer, model: nn.Module, example_inputs: Any) -> str | None:
     return None
 
 
-def _components(size: int, pairs: list[np.ndarray]) -> np.ndarray:
+def _components(size: int, pairs: list[tuple[Tensor, Tensor]]) -> np.ndarray:
     """Smallest label connected to each label: (size,)."""
     root = np.arange(size)
     if not pairs:
         return root
-    a, b = np.concatenate(pairs, axis=1)
-    while True:
-        # hook the larger root of every edge under the smaller, then flatten the trees
-        low, high = np.minimum(root[a], root[b]), np.maximum(root[a], root[b])
-        if (low == high).all():
-            return root
-        np.minimum.at(root, high, low)
-        while (root != root[root]).any():
-            root = root[root]
+    a, b = (torch.cat(side).numpy() for side in zip(*pairs, strict=True))
+    while len(a):
+        a, b = root[a], root[b]
+        apart = a != b
+        a, b = a[apart], b[apart]
+        # hook the larger root of each edge under the smallest it meets, then flatten the trees
+        np.minimum.at(root, np.maximum(a, b), np.minimum(a, b))
+        while (root != (above := root[root])).any():
+            root = above
+    return root
 
 
 def _assemble(tracer: Tracer, model: nn.Module, train_error: str | None) -> ChannelGraph:
@@ -358,9 +371,9 @@ def _assemble(tracer: Tracer, model: nn.Module, train_error: str | None) -> Chan
     bundles.sort(key=lambda b: b[0])
 
     number = np.full(total, -1)  # root -> number of the channel, counted over all groups
-    number[np.concatenate([roots for *_, roots in bundles], dtype=int) if bundles else []] = np.arange(
-        sum(len(roots) for *_, roots in bundles)
-    )
+    if bundles:
+        channels = np.concatenate([roots for *_, roots in bundles])
+        number[channels] = np.arange(len(channels))
     channel_of = number[root]
 
     def modules(role: str, touched: list[int]) -> tuple[str, ...]:
@@ -369,17 +382,12 @@ def _assemble(tracer: Tracer, model: nn.Module, train_error: str | None) -> Chan
     groups: dict[str, Group] = {}
     base = 0
     for _, touched, makers, roots in bundles:
-        index = {}
-        for row in (rows[r] for r in touched):
-            channel = channel_of[row.start : row.start + row.size] - base
-            position = np.flatnonzero((channel >= 0) & (channel < len(roots)))
-            index[row.name, row.dim] = Index(torch.from_numpy(position), torch.from_numpy(channel[position]))
-        base += len(roots)
         name, again = owner[makers[0]], 2
         while name in groups:
             name, again = f"{owner[makers[0]]}#{again}", again + 1
         roles = (modules(role, touched) for role in ("producer", "depthwise", "norm", "consumer"))
-        groups[name] = Group(name, len(roots), *roles, index)
+        groups[name] = Group(name, len(roots), *roles, tuple(rows[r] for r in touched), channel_of, base)
+        base += len(roots)
 
     frozen = {op: f"{what}; the channels that reach it are left alone" for op, what in tracer.unknown.items()}
     made = having["producer"] | having["depthwise"]
@@ -396,17 +404,17 @@ def _assemble(tracer: Tracer, model: nn.Module, train_error: str | None) -> Chan
 
 def _by_signature(rows: list[Row], root: np.ndarray, frozen: np.ndarray) -> list[tuple[list[int], list[int]]]:
     """Bundle the channels that are not frozen by the set of rows they touch: (row numbers, roots) per bundle."""
-    if not rows:
-        return []
-    of_parameters = root[: rows[-1].start + rows[-1].size]
     row_of = np.repeat(np.arange(len(rows)), [r.size for r in rows])
     is_frozen = np.zeros(len(root), bool)
     is_frozen[frozen] = True
-    alive = np.flatnonzero(~is_frozen[of_parameters])
-    channel, row = np.divmod(np.unique(of_parameters[alive] * len(rows) + row_of[alive]), len(rows))
-    cuts = np.flatnonzero(np.diff(channel)) + 1
+    alive = np.flatnonzero(~is_frozen[root[: len(row_of)]])
+    if not len(alive):
+        return []
+    pairs = np.sort(root[alive] * len(rows) + row_of[alive])
+    channel, row = np.divmod(pairs[np.diff(pairs, prepend=-1) > 0], len(rows))
+    cuts = (np.flatnonzero(np.diff(channel)) + 1).tolist()
     bundles: dict[bytes, tuple[list[int], list[int]]] = {}
-    for start, stop in zip([0, *cuts], [*cuts, len(row)], strict=True) if len(row) else ():
+    for start, stop in zip([0, *cuts], [*cuts, len(row)], strict=True):
         mine = row[start:stop]
         bundles.setdefault(mine.tobytes(), (mine.tolist(), []))[1].append(int(channel[start]))
     return list(bundles.values())

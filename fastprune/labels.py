@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -106,13 +105,19 @@ Rule = Callable[["Tracer", Call], None]
 class Tracer(TorchDispatchMode):
     """Carries labels through the ops of a forward pass and collects the equalities.  Rules call its public methods."""
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        # PyTorch would wrap our handler to keep the compiler out of it, and import the compiler, a second, for that
+        return False
+
     def __init__(self, strict: bool):
         super().__init__()
         self.strict = strict
         self.stored: dict[str, Tensor] = {}
         self.rows: list[Row] = []
+        self.starts: list[int] = []  # of the rows
         self.next_label = 0
-        self.pairs: list[np.ndarray] = []  # (2, K) each: labels that must be equal
+        self.pairs: list[tuple[Tensor, Tensor]] = []  # (K,) each: labels that must be equal
         self.reasons: dict[int, str] = {}  # a label of its own for every act of freezing -> why
         self.roles: dict[tuple[str, int], None] = {}  # (role, row number), in order of the forward
         self.norm_after: dict[int, int] = {}  # row number of a producer -> row number of the norm's parameter
@@ -128,6 +133,7 @@ class Tracer(TorchDispatchMode):
             if size > 1:
                 axes[dim] = torch.arange(self.next_label, self.next_label + size)
                 self.rows.append(Row(name, dim, self.next_label, size))
+                self.starts.append(self.next_label)
                 self.next_label += size
         self.stored[name] = t
         setattr(t, ATTRIBUTE, Marks(axes, WEIGHT))
@@ -160,8 +166,9 @@ class Tracer(TorchDispatchMode):
 
     def equal(self, a: Tensor, b: Tensor) -> None:
         """The labels ``a`` and ``b`` (broadcast against each other) live or die together."""
-        a, b = torch.broadcast_tensors(a, b)
-        self.pairs.append(np.stack([a.numpy().reshape(-1), b.numpy().reshape(-1)]))
+        if a.dim() > 1 or a.shape != b.shape:
+            a, b = (t.reshape(-1) for t in torch.broadcast_tensors(a, b))
+        self.pairs.append((a, b))
 
     def freeze(self, labels: Tensor | None, why: str) -> None:
         """These labels can never be removed."""
@@ -237,7 +244,7 @@ class Tracer(TorchDispatchMode):
     def row(self, labels: Tensor) -> int:
         """Number of the row the labels belong to; -1 if they come from several."""
         first, last = int(labels[0]), int(labels[-1])
-        row = bisect_right(self.rows, first, key=lambda r: r.start) - 1
+        row = bisect_right(self.starts, first) - 1
         return row if row >= 0 and last < self.rows[row].start + self.rows[row].size else -1
 
     # Inside
@@ -307,17 +314,15 @@ class Tracer(TorchDispatchMode):
 
 def pointwise(tracer: Tracer, call: Call) -> None:
     """Rule of ops that work index by index on broadcast operands: what meets is tied.  Also for users' own ops."""
-    shape = torch.broadcast_shapes(*(t.shape for t in call.ins))
-    outs = [t for t in call.outs if t.shape == shape]
-    if len(outs) < len(call.outs):
-        return tracer.freeze_all(call.ins, f"{call.name} changes the shape of its operand")
     axes = {}
     for d in {a - t.dim() for t in call.ins for a in tracer.axes(t)}:  # counted from the end, as broadcasting does
         ends = [(t, d) for t in call.ins if t.dim() >= -d]
-        axes[len(shape) + d] = tracer.tie(*ends, why=f"{call.name} joins it with the input or a constant of fixed size")
-    for t in outs:
-        tracer.label(t, axes)
-    return None
+        axes[d] = tracer.tie(*ends, why=f"{call.name} joins it with the input or a constant of fixed size")
+    for t in call.outs:
+        for d, labels in axes.items():
+            if t.dim() < -d or t.shape[d] != len(labels):
+                raise ValueError(f"{call.name} returned {tuple(t.shape)}, which its operands do not broadcast to")
+        tracer.label(t, {t.dim() + d: labels for d, labels in axes.items()})
 
 
 def _copy(tracer: Tracer, call: Call) -> None:
