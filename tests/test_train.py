@@ -229,7 +229,7 @@ def test_signatures_are_the_readmes(call, seed):
 @pytest.mark.parametrize("method", ["rni", "l1", "ucs"])
 def test_train_then_prune_and_finetune(method, tmp_path):
     images = data.load("digits", limit=512)
-    args = {"dataset": images, "method": method, "lr": 0.05, **QUICK}
+    args = {"dataset": images, "method": method, "lr": 0.05, "batch_size": 16, "progress": False}
     model, logs = train(arch="vgg-small", epochs=4, out_dir=tmp_path / "a", reg_weight=1e-3, **args)
     acc = evaluate(model, images.loaders(64).test)["acc"]
     assert acc == logs[logs.best]["test_acc"] > 0.6
