@@ -244,9 +244,12 @@ def test_autocast_works_in_the_dtype_of_x():
     assert m[1].weight.grad.dtype == torch.float32
 
 
+# Dynamo's own, met where a compiled backend runs through an autograd.Function
+DYNAMO = "ignore:.*autograd.function.Function.*should not be instantiated:DeprecationWarning"
 VARIANTS = [{}, {"bound": "sigmoid", "bias": False}, {"track_running_stats": False}, {"affine": False}]
 
 
+@pytest.mark.filterwarnings(DYNAMO)
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("kwargs", VARIANTS)
 def test_compile_fullgraph(kwargs, training):
@@ -263,6 +266,7 @@ def test_compile_fullgraph(kwargs, training):
 
 
 @pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")  # inductor's own
+@pytest.mark.filterwarnings(DYNAMO)
 def test_compile_inductor():
     torch.compiler.reset()
     m = BatchNormAct2d(4, act="relu")

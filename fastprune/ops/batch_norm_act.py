@@ -65,13 +65,15 @@ def batch_norm_act(
     Molchanov et al., CVPR 2019, arXiv:1906.10771, and Theis et al., 2018, arXiv:1801.05787.
     """
     tensors = (x, weight, bias, residual, running_mean, running_var, num_batches_tracked)
-    _check(*tensors, act, bound, training, momentum, gate_grad)
+    _check(*tensors, act, bound, training, momentum, eps, gate_grad)
     name = backends.select("batch_norm_act", backend, *tensors)
     run = backends.eager("batch_norm_act") if name == "eager" else _compiled
     return run(tensors, (training, momentum, eps, bound == "sigmoid", act == "relu"), gate_grad, name)
 
 
-def _check(x, weight, bias, residual, running_mean, running_var, tracked, act, bound, training, momentum, gate_grad):
+def _check(
+    x, weight, bias, residual, running_mean, running_var, tracked, act, bound, training, momentum, eps, gate_grad
+):
     if x.dim() != 4:
         raise ValueError(f"batch_norm_act: expected x (N, C, H, W), got {x.dim()} dimensions, {tuple(x.shape)}")
     if not x.is_floating_point():
@@ -80,6 +82,8 @@ def _check(x, weight, bias, residual, running_mean, running_var, tracked, act, b
         raise ValueError(f"batch_norm_act: act must be 'relu' or None, got {act!r}")
     if bound not in (None, "sigmoid"):
         raise ValueError(f"batch_norm_act: bound must be 'sigmoid' or None, got {bound!r}")
+    if not eps > 0:  # PyTorch's words
+        raise ValueError(f"batch_norm eps must be positive, but got {eps}")
     if bound and weight is None:
         raise ValueError("batch_norm_act: bound='sigmoid' needs a weight, got None")
     C = x.shape[1]

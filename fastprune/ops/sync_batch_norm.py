@@ -10,7 +10,9 @@ from torch.autograd.function import once_differentiable
 from fastprune.ops.batch_norm_act import batch_norm_act
 
 
-@torch.compiler.disable  # a collective inside an autograd function is not traceable; the call becomes a graph break
+# A collective inside an autograd function is not traceable: torch.compile breaks the graph here.  Not the public
+# torch.compiler.disable, which would import the compiler, seconds, with this module.
+@torch._disable_dynamo
 def sync_batch_norm_act(
     x: Tensor,
     weight: Tensor | None = None,
@@ -86,8 +88,9 @@ def _moments(x: Tensor, group: dist.ProcessGroup | None) -> tuple[Tensor, Tensor
             var, mean = torch.var_mean(x if x.dtype == torch.float64 else x.float(), (0, 2, 3), correction=0)
         packet[:C], packet[C:-1] = mean, var
         packet[-1] = x.numel() // C
-    rows = packet.new_empty(dist.get_world_size(group), 2 * C + 1)
+    rows = packet.new_empty(dist.get_world_size(group) * (2 * C + 1))
     dist.all_gather_into_tensor(rows, packet, group=group)
+    rows = rows.view(-1, 2 * C + 1)
     means, variances, counts = rows[:, :C], rows[:, C:-1], rows[:, -1:]
     share = counts / counts.sum().clamp(min=1)
     mean = (share * means).sum(0)
