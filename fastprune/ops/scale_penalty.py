@@ -103,9 +103,12 @@ def _fake(backend: str, scales: list[Tensor], kind: str, shift: float) -> tuple[
     return scales[0].new_empty((), dtype=acc), scales[0].new_empty(sum(w.numel() for w in scales), dtype=acc)
 
 
+_DTYPES = {"cpp": (torch.float32,), "triton": (torch.float32, torch.bfloat16, torch.float16, torch.float64), "cuda": ()}
+
+
 def _refuse(backend: str, *scales: Tensor) -> str | None:
-    if scales[0].dtype != torch.float32:
-        return "it takes float32"
+    if scales[0].dtype not in _DTYPES[backend]:
+        return f"it takes {', '.join(str(d)[6:] for d in _DTYPES[backend])}"
     if not all(w.is_contiguous() for w in scales):
         return "the scales must be contiguous"
     return None
