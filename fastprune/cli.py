@@ -75,8 +75,13 @@ COMMANDS = {
         "train, prune and fine-tune a small network on handwritten digits: CPU, about 3 minutes",
         _quickstart,
         {
-            "--out": {"type": Path, "default": Path("runs/quickstart"), "metavar": "DIR", "help": "where results go"},
-            "--seed": {"type": int, "default": 0, "metavar": "N", "help": "of every random choice"},
+            "--out": {
+                "type": Path,
+                "default": Path("runs/quickstart"),
+                "metavar": "DIR",
+                "help": "where results go (%(default)s)",
+            },
+            "--seed": {"type": int, "default": 0, "metavar": "N", "help": "of every random choice (%(default)s)"},
             "--epochs": {"type": _count, "default": None, "metavar": "N", "help": "of each training and fine-tuning"},
         },
     ),
@@ -90,14 +95,13 @@ COMMANDS = {
 
 
 def _parse(argv: Sequence[str]) -> argparse.Namespace:
-    common = {"allow_abbrev": False, "formatter_class": argparse.ArgumentDefaultsHelpFormatter}
-    parser = _Parser(prog="fastprune", description=fastprune.__doc__, **common)
+    parser = _Parser(prog="fastprune", description=fastprune.__doc__, allow_abbrev=False)
     parser.add_argument("--version", action="version", version=f"fastprune {fastprune.__version__}")
     parser.add_argument("--traceback", action="store_true", help="show where in the code an error came from")
     parser.set_defaults(run=lambda args: parser.print_help() or 0)
     subparsers = parser.add_subparsers(metavar="COMMAND", dest="command")
     for name, command in COMMANDS.items():
-        sub = subparsers.add_parser(name, help=command.help, description=command.help, **common)
+        sub = subparsers.add_parser(name, help=command.help, description=command.help, allow_abbrev=False)
         sub.set_defaults(run=command.run)
         for option, keywords in command.options.items():
             sub.add_argument(option, **keywords)

@@ -36,7 +36,7 @@ def test_help(capsys, command):
     code, out, _ = call(capsys, command, "--help")
     assert code == 0 and out.startswith(f"usage: fastprune {command}")
     for option in cli.COMMANDS[command].options:
-        assert option in out
+        assert option in out or option == "what"  # argparse shows its choices
 
 
 @pytest.mark.parametrize(

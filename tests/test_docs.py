@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import sys
+import types
 from pathlib import Path
 
 import pytest
@@ -30,11 +32,12 @@ def test_snippets_run(path, tmp_path, monkeypatch):
     """The snippets of a document run from top to bottom in one namespace, in an empty folder, without a warning."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(fastprune.methods.base, "METHODS", dict(fastprune.methods.METHODS))  # a snippet registers one
-    namespace = {"__name__": "snippet"}
+    module = types.ModuleType("snippet")
+    monkeypatch.setitem(sys.modules, "snippet", module)  # dataclasses look their module up
     torch.manual_seed(0)
     for line, source in blocks(path.read_text(), "python"):
         # blank lines in front: a traceback then names the line of the document
-        exec(compile("\n" * line + source, str(path), "exec"), namespace)
+        exec(compile("\n" * line + source, str(path), "exec"), vars(module))
 
 
 def test_readme_and_the_pages_for_users_have_snippets():
@@ -63,9 +66,11 @@ def test_names_exist(path):
 @EACH
 def test_commands_exist(path):
     text, makefile = path.read_text(), (ROOT / "Makefile").read_text()
-    for command in re.findall(r"(?:`|^)fastprune ([a-z]+)", text, re.MULTILINE):
+    shell = "".join(source for _, source in blocks(text, "sh"))
+    said = "\n".join([*re.findall(r"(?<!`)`([^`\n]+)`(?!`)", text), shell])
+    for command in re.findall(r"^fastprune ([a-z]+)", said, re.MULTILINE):
         assert command in cli.COMMANDS, f"{path.name}: fastprune {command}"
-    for target in re.findall(r"(?:`|^)make (?:[A-Z]+=\S+ )*([a-z]+)", text, re.MULTILINE):
+    for target in re.findall(r"^make (?:[A-Z]+=\S+ )*([a-z]+)", said, re.MULTILINE):
         assert re.search(rf"^{target}:", makefile, re.MULTILINE), f"{path.name}: make {target}"
 
 
