@@ -68,11 +68,12 @@ def convert_batchnorm(model: nn.Module, bound: str | None = None, fuse: bool = T
         _warn(f"left alone, a batch norm of its own kind: {_listed(left)}")
     if bound or fuse:
         traces, reasons = fusing.trace_forwards(model)
-        if bound:
-            _bind(model, traces)
+        if bound and (done := _bind(model, traces)):
+            _warn(f"scales outside (0, 1): {_listed(done, '; ')}")
         if fuse:
             fusing.fuse(traces)
-            _report_untraced(model, reasons)
+            if untraced := _untraced(model, reasons):
+                _warn(f"not fused, torch.fx cannot trace the forward of {_listed(untraced)}")
     return model
 
 
@@ -104,7 +105,7 @@ def _swap(model: nn.Module, cls: type[BatchNormAct2d]) -> list[str]:
                 module.bound = bound  # SigmoidBatchNorm2d has it on the class
         elif _is_plain(module):
             module.__class__ = cls
-        elif isinstance(module, nn.BatchNorm2d | nn.SyncBatchNorm):
+        elif isinstance(module, nn.BatchNorm2d | nn.SyncBatchNorm | nn.LazyBatchNorm2d):
             left.append(f"{name or 'model'} ({type(module).__name__})")
     return left
 
@@ -126,7 +127,8 @@ def _is_plain(module: nn.Module) -> bool:
 
 
 @torch.no_grad()
-def _bind(model: nn.Module, traces: dict[nn.Module, Trace]) -> None:
+def _bind(model: nn.Module, traces: dict[nn.Module, Trace]) -> list[str]:
+    """Bound all norms; what had to be done to scales that are out of reach."""
     surroundings = _Surroundings(model, traces)
     done = []
     for name, norm in model.named_modules():
@@ -146,8 +148,7 @@ def _bind(model: nn.Module, traces: dict[nn.Module, Trace]) -> None:
         if type(norm) is BatchNormAct2d:
             norm.__class__ = SigmoidBatchNorm2d
         norm.bound = "sigmoid"
-    if done:
-        _warn(f"scales outside (0, 1): {_listed(done, '; ')}")
+    return done
 
 
 def _is_fresh(norm: BatchNormAct2d) -> bool:
@@ -289,15 +290,13 @@ class _Surroundings:
 # --- words -------------------------------------------------------------------------------------------------------
 
 
-def _report_untraced(model: nn.Module, reasons: dict[nn.Module, str]) -> None:
-    """Warn of the modules whose own forward calls norms; the others had nothing to fold."""
-    owning = [
+def _untraced(model: nn.Module, reasons: dict[nn.Module, str]) -> list[str]:
+    """The modules whose own forward calls norms, with the reason; the others had nothing to fold."""
+    return [
         f"{name or 'model'} ({type(module).__name__}: {reasons[module]})"
         for name, module in model.named_modules()
         if module in reasons and any(isinstance(m, BatchNormAct2d) for m in _own_children(module))
     ]
-    if owning:
-        _warn(f"not fused, torch.fx cannot trace the forward of {_listed(owning)}")
 
 
 def _own_children(module: nn.Module) -> Iterator[nn.Module]:
@@ -315,4 +314,4 @@ def _listed(items: Iterable[str], separator: str = ", ", most: int = 8) -> str:
 
 
 def _warn(text: str, function: str = "convert_batchnorm") -> None:
-    warnings.warn(f"{function}: {text}", stacklevel=4)
+    warnings.warn(f"{function}: {text}", stacklevel=3)

@@ -64,16 +64,16 @@ class Trace:
 
 
 def trace_forwards(model: nn.Module) -> tuple[dict[nn.Module, Trace], dict[nn.Module, str]]:
-    """Trace each module of ``model`` that contains a :class:`BatchNormAct2d`.
+    """Trace each module of ``model`` that contains a :class:`BatchNormAct2d`, and each ``nn.Sequential``.
 
     Returns: traces by module, and by module the reason why there is none.
     """
     traces, reasons = {}, {}
     lists: dict[nn.Module, set[int]] = {}  # arguments that the caller passes as a list; callers are traced first
     for module in model.modules():
-        if isinstance(module, BatchNormAct2d) or not any(isinstance(m, BatchNormAct2d) for m in module.modules()):
+        if isinstance(module, BatchNormAct2d) or type(module).forward is nn.Module.forward:  # ModuleList, ModuleDict
             continue
-        if type(module).forward is nn.Module.forward:  # ModuleList, ModuleDict
+        if not isinstance(module, nn.Sequential) and not any(isinstance(m, BatchNormAct2d) for m in module.modules()):
             continue
         try:
             trace = traces[module] = _trace(module, lists.get(module, set()))
@@ -116,6 +116,17 @@ class _Value(fx.Proxy):
         return _Value if caller == "torch" or caller.startswith("torch.") else self.tracer.type_of(self.node)
 
     __class__ = property(_type)
+
+
+def _in_place_operator(name: str):
+    def record(self, other):  # a plain proxy would record `x += y` as x + y, and lose the write into x
+        return self.tracer.create_proxy("call_function", getattr(operator, name), (self, other), {})
+
+    return record
+
+
+for _name in ("iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow", "imatmul", "iand", "ior", "ixor"):
+    setattr(_Value, f"__{_name}__", _in_place_operator(_name))
 
 
 class _Tracer(fx.Tracer):
