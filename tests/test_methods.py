@@ -1,5 +1,6 @@
 """The contract every registered method keeps (a new one is tested here without an edit), and RNI's family by number."""
 
+import json
 from collections import Counter
 from pathlib import Path
 
@@ -9,11 +10,13 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import fastprune
 from fastprune import backends, methods, models, ops
 from fastprune import nn as fpnn
 from fastprune.methods import rni
 
 GOLDEN = np.load(Path(__file__).parent / "golden" / "rni.npz")
+UCS = json.loads((Path(__file__).parent / "golden" / "flops_reference.json").read_text())["ucs_local"]
 NAMES = sorted(methods.METHODS)
 X = torch.randn(2, 1, 8, 8, generator=torch.Generator().manual_seed(0))
 
@@ -265,6 +268,17 @@ def test_resnet56_prunes_the_first_norm_of_each_block_and_keeps_the_authors_chan
     assert [int(m.sum()) for m in keep.values()] == GOLDEN["rni_masks/resnet56_sigbn/kept_p0.9"].tolist()
     assert torch.cat(list(keep.values())).int().tolist() == GOLDEN["rni_masks/resnet56_sigbn/masks_p0.9"].tolist()
     assert len(method._scales) == 55  # penalised are all norms, prunable or not
+
+
+@pytest.mark.parametrize("case", UCS, ids=lambda c: f"{c['model']}-{c['prune_pc']}")
+def test_ucs_cuts_to_the_authors_widths_and_costs(case):
+    name, _, dataset = case["model"].partition("_")
+    model, x = models.create(f"{name}-rni", num_classes=int(dataset[5:])), torch.randn(2, 3, 32, 32)
+    spread(model)
+    keep = methods.create("ucs", model, x, ratio=case["prune_pc"]).keep_masks()
+    assert [int(m.sum()) for m in keep.values()] == case["kept_per_bn"]
+    count = fastprune.flops(fastprune.compact(model, keep, x), x)
+    assert (count["macs"], count["params"]) == (case["macs"], case["params_total"])
 
 
 def test_coupled_adds_the_residual_streams():

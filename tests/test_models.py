@@ -2,6 +2,7 @@
 
 import json
 import math
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -118,6 +119,9 @@ def test_torchvisions_classifiers_come_by_their_own_names():
 def test_an_unknown_name_gets_a_hint():
     with pytest.raises(ValueError, match=r"unknown model 'resnet57'.*did you mean 'resnet5"):
         models.create("resnet57")
+    if not find_spec("timm"):
+        with pytest.raises(ValueError, match="pip install timm"):
+            models.create("convnext_pico")
     with pytest.raises(ValueError, match="bound must be 'sigmoid' or None"):
         models.create("vgg-small", bound="tanh")
 
