@@ -39,10 +39,11 @@ class VGG(nn.Module):
 
 
 @register
-def vgg16_rni(num_classes: int = 10, in_channels: int = 3, bound: str | None = None) -> VGG:
+def vgg16_rni(num_classes: int = 10, in_channels: int = 3, bound: str | None = None, width: float = 1.0) -> VGG:
     """RNI's VGG-16 (arXiv:2204.06404): torchvision's vgg16_bn features, convolution bias included, the last max-pool
-    left out, 2x2 average pool, one linear layer, no dropout.  32x32 images."""
-    return VGG(_VGG16, nn.AvgPool2d(2), num_classes, in_channels, bound)
+    left out, 2x2 average pool, one linear layer, no dropout.  32x32 images.  ``width`` scales all layers."""
+    plan = tuple(item if item == "M" else max(1, round(item * width)) for item in _VGG16)
+    return VGG(plan, nn.AvgPool2d(2), num_classes, in_channels, bound)
 
 
 @register

@@ -6,6 +6,7 @@ import copy
 import inspect
 import statistics
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,7 @@ def train(
     seed: int = 0,
     device: torch.device | str | None = None,
     *,
+    arch_options: Mapping[str, Any] | None = None,
     root: str | Path | None = None,
     out_dir: str | Path | None = None,
     resume: bool = False,
@@ -58,6 +60,7 @@ def train(
         lr: Divided by 10 after 50 % and 75 % of the epochs.
         seed: Of initialisation, order and augmentation; sets PyTorch's global seed.
         device: None: the first GPU if there is one, else the CPU.
+        arch_options: Further arguments of the network, e.g. ``{"width": 0.25}`` for ``"vgg16"``.
         root: Folder of the data set.
         out_dir: For ``metrics.jsonl`` and ``last.pt``; None: ``runs/train-<dataset>-<arch>-<method>/seed<seed>``.
         resume: Continue from ``out_dir/last.pt``, if it exists.
@@ -77,12 +80,13 @@ def train(
     device = _device(device)
     data = _load(dataset, root, device, limit)
     torch.manual_seed(seed)  # before the model is made; the authors seed after, so theirs fixes only the order
-    model = _build(arch, data, "sigmoid" if method == "rni" else None).to(device)
+    model = _build(arch, arch_options or {}, data, "sigmoid" if method == "rni" else None).to(device)
     if fuse:
         model = fpnn.convert_batchnorm(model, fuse=True)
     options = {"rni": {"reg_weight": reg_weight, "b": b}, "slimming": {"reg_weight": reg_weight}, "ucs": {}}[name]
     pruner = methods.create(name, model, _example(data), **options)
     what = {"call": "train", "dataset": data.name, "arch": arch, "method": method, **options}
+    what |= {"arch_options": dict(arch_options or {})}
     what |= {"epochs": epochs, "lr": lr, "batch_size": batch_size, "seed": seed, "precision": precision}
     out = Path(out_dir or f"runs/train-{data.name}-{arch}-{method}/seed{seed}")
     fitting = {"resume": resume, "precision": precision, "channels_last": channels_last, "progress": progress}
@@ -193,13 +197,13 @@ def _load(
     return (dataset if limit is None else dataset.limit(limit)).to(device)
 
 
-def _build(arch: str, data: datasets.ImageSet, bound: str | None) -> nn.Module:
+def _build(arch: str, options: Mapping[str, Any], data: datasets.ImageSet, bound: str | None) -> nn.Module:
     name, channels = ARCHS.get(arch, arch), data.image_shape[0]
     if fn := models.MODELS.get(name):
         taken = inspect.signature(fn).parameters
         ours = {"in_channels": channels, "bound": bound}
-        return models.create(name, len(data.classes), **{key: v for key, v in ours.items() if key in taken})
-    model = models.create(name, len(data.classes))
+        return models.create(name, len(data.classes), **{key: v for key, v in ours.items() if key in taken}, **options)
+    model = models.create(name, len(data.classes), **options)
     return fpnn.convert_batchnorm(model, bound=bound, fuse=False) if bound else model
 
 
