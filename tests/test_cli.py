@@ -116,7 +116,7 @@ def test_doctor(capsys):
     for name, line in backends.report().items():
         assert name in out and line in out
     checked = out.partition("self-check")[2]
-    assert "WRONG" not in checked and "eager" in checked
+    assert "WRONG" not in checked and "FAILED" not in checked and "eager" in checked
     assert ("cpp " in checked) == bool(backends.build_info())
 
 
@@ -125,7 +125,16 @@ def test_doctor_notices_a_wrong_kernel(capsys, monkeypatch):
     monkeypatch.setattr(doctor, "_results", lambda x, name: [t + (name == "cpp") * 1e-4 for t in truth(x, name)])
     monkeypatch.setattr(doctor, "_usable", lambda name: name == "cpp")
     code, out, _ = call(capsys, "doctor")
-    assert code == 1 and "WRONG: largest error 1.0e-04" in out and "cpp computes wrong results" in out
+    assert code == 1 and "WRONG: largest error 1.0e-04" in out and "cpp does not do what it should" in out
+
+
+def test_doctor_notices_a_library_that_lacks_an_op(monkeypatch, capsys):
+    def refuse(name):
+        raise fastprune.BackendError("scale_penalty: it has no kernel of this op")
+
+    monkeypatch.setattr(doctor, "self_check", refuse)
+    code, out, _ = call(capsys, "doctor")
+    assert code == 1 and "FAILED: scale_penalty: it has no kernel of this op" in out
 
 
 def test_doctor_notices_nan(monkeypatch, capsys):
