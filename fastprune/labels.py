@@ -27,7 +27,7 @@ class Row(NamedTuple):
     size: int
 
 
-WEIGHT, COMPUTED, DATA = "weight", "computed", "data"
+WEIGHT, COMPUTED, DATA, NOISE = "weight", "computed", "data", "noise"
 
 
 @dataclass
@@ -36,7 +36,8 @@ class Marks:
 
     axes: axis -> labels along it, int64, (size of the axis,).  Axes of size 1 and axes not followed are absent.
     kind: WEIGHT: stored, possibly moved or scaled, so a masked index is exactly zero.  COMPUTED: made from weights in
-        another way, where it need not be.  DATA: depends on the input.
+        another way, where it need not be.  DATA: depends on the input.  NOISE: random numbers, of whatever shape the
+        tensor they meet has (the masks of channel-wise dropout).
     used: some op has read it.
     """
 
@@ -156,7 +157,7 @@ class Tracer(TorchDispatchMode):
         return self._marks(t).axes
 
     def kind(self, t: Tensor) -> str:
-        """WEIGHT, COMPUTED or DATA."""
+        """WEIGHT, COMPUTED, DATA or NOISE."""
         return self._marks(t).kind
 
     def label(self, t: Tensor, axes: dict[int, Tensor | None]) -> None:
@@ -283,16 +284,24 @@ class Tracer(TorchDispatchMode):
             marks.used = True
             kinds.add(marks.kind)
             followed |= bool(marks.axes)
-        kind = DATA if DATA in kinds else WEIGHT if WEIGHT in kinds and rule in _KEEPS_ZEROS else COMPUTED
+        kind = self._kind_of(call, rule, kinds, followed)
         for t in call.outs:
             known = getattr(t, ATTRIBUTE, None)
             if known is None:
                 setattr(t, ATTRIBUTE, Marks({}, kind))
-            elif kind == DATA:  # an in-place op
-                known.kind = DATA
+            elif kind in (DATA, NOISE):  # an in-place op
+                known.kind = kind
         if followed:
             self._apply(rule, call)
         return out
+
+    @staticmethod
+    def _kind_of(call: Call, rule: Rule | None, kinds: set[str], followed: bool) -> str:
+        if kinds == {NOISE} or (call.name in _RANDOM and not followed and WEIGHT not in kinds):
+            return NOISE
+        if DATA in kinds:
+            return DATA
+        return WEIGHT if WEIGHT in kinds and rule in _KEEPS_ZEROS else COMPUTED
 
     def _apply(self, rule: Rule | None, call: Call) -> None:
         if rule is None:
@@ -316,7 +325,7 @@ def pointwise(tracer: Tracer, call: Call) -> None:
     """Rule of ops that work index by index on broadcast operands: what meets is tied.  Also for users' own ops."""
     axes = {}
     for d in {a - t.dim() for t in call.ins for a in tracer.axes(t)}:  # counted from the end, as broadcasting does
-        ends = [(t, d) for t in call.ins if t.dim() >= -d]
+        ends = [(t, d) for t in call.ins if t.dim() >= -d and (tracer.kind(t) != NOISE or tracer.axes(t))]
         axes[d] = tracer.tie(*ends, why=f"{call.name} joins it with the input or a constant of fixed size")
     for t in call.outs:
         for d, labels in axes.items():
@@ -469,7 +478,10 @@ def _grouped(tracer: Tracer, x: Tensor, w: Tensor, bias: Tensor | None, groups: 
     else:
         tracer.role("producer", tracer.axes(w).get(0))
     if ins is None or out is None:
-        tracer.freeze_all([t for t in (x, w, bias) if t is not None], "a grouped convolution reads the model's input")
+        tracer.freeze_all(
+            [t for t in (x, w, bias) if t is not None],
+            "a grouped convolution reads the input, or channels tied into one",
+        )
         return out
     by_group = out.view(groups, -1)
     if w.shape[1] == 1:  # depthwise: a group goes with its input channel
@@ -676,6 +688,8 @@ _RULES: dict[str, Rule] = {
     **_table(_restride, "as_strided"),
     **_table(_nothing, "new_zeros new_ones new_empty new_full new_empty_strided _local_scalar_dense is_same_size"),
 }
+# ops that draw numbers into a tensor of any shape
+_RANDOM = frozenset(f"aten::{name}" for name in "bernoulli bernoulli_ uniform_ normal_ rand randn".split())
 # ops that leave an exactly zero weight exactly zero
 _KEEPS_ZEROS = frozenset({_copy, _product, _view, _moved, _cut, _cat, _stack, _pixel_shuffle, _channel_shuffle})
 
