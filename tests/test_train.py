@@ -3,6 +3,7 @@
 import inspect
 import json
 import math
+import time
 
 import pytest
 import torch
@@ -122,6 +123,22 @@ def test_a_killed_run_resumes_bit_for_bit(name, tmp_path):
     assert [p.name for p in tmp_path.iterdir() if p.suffix == ".tmp"] == []
 
 
+@pytest.mark.parametrize("save_takes_s, saved", [(0.0, [1, 2, 3, 4]), (10.0, [1, 4])])
+def test_slow_checkpoints_are_rarer_but_the_first_and_last_are_written(save_takes_s, saved, tmp_path, monkeypatch):
+    now, got, save = 0.0, [], torch.save
+
+    def slow_save(state, file):
+        nonlocal now
+        now += save_takes_s
+        got.append(len(state["rows"]))
+        save(state, file)
+
+    monkeypatch.setattr(torch, "save", slow_save)
+    monkeypatch.setattr(time, "monotonic", lambda: now)  # training itself takes no time
+    run(epochs=4, checkpoint=tmp_path / "last.pt")
+    assert got == saved
+
+
 def test_resume_without_a_checkpoint_starts_afresh_and_without_a_path_is_an_error(tmp_path):
     _, history = run(epochs=1, checkpoint=tmp_path / "none.pt", resume=True)
     assert len(history) == 1
@@ -141,6 +158,12 @@ def test_a_loss_that_is_not_finite_names_the_step_and_the_learning_rate(bad_step
     model.register_forward_hook(spoil)
     with pytest.raises(TrainingError, match=rf"loss is nan at step {bad_step} of epoch 0, learning rate 0\.1; lower"):
         run(model)
+
+
+def test_the_number_of_steps_may_be_a_multiple_of_the_checks(monkeypatch):
+    monkeypatch.setattr("fastprune.train.loop.CHECK_EVERY", 2)
+    _, logs = run(epochs=1)  # 256 images, 4 steps: nothing is left to check after the last one
+    assert logs[0]["step"] == 4
 
 
 def test_no_images_is_an_error():
