@@ -197,8 +197,8 @@ def _shrink(model: nn.Module, plan: Plan, optimizer: torch.optim.Optimizer | Non
         cut.append((t, _select(t.data, dims), grad, _cut_state(name, t, state[t], dims) if t in state else {}))
     for t, data, grad, entries in cut:
         t.grad = None  # a gradient of another shape would refuse the new data
-        # A loss still alive keeps the parameter's gradient accumulator, which has the old shape in mind.  PyTorch lets go
-        # of it when the dtype changes, not when the shape does.
+        # A loss still alive keeps the parameter's gradient accumulator, which remembers the old shape.  PyTorch drops
+        # it when the dtype changes, not when the shape does.
         t.data = t.data.new_empty(0, dtype=torch.float16 if t.dtype == torch.float64 else torch.float64)
         t.data = data
         t.grad = grad
