@@ -70,8 +70,8 @@ def fit(
         schedule: Stepped after each epoch.
         method: Its penalty is added to the loss and its ``step`` stands for the optimizer's.
         log: Gets a row per epoch.
-        checkpoint: File with all that a resumed run needs, replaced after the first and the last epoch, and after others
-            so that writing takes less than a twentieth of the time.  A whole one is always there.
+        checkpoint: File with all that a resumed run needs, replaced after the first and the last epoch, and after those
+            between unless writing would take more than a twentieth of the time.  A whole one is always there.
         resume: Continue from ``checkpoint``, if it exists; on a CPU bit for bit as if uninterrupted.
         precision: ``"fp32"``, or ``"bf16"`` for autocast.
         channels_last: Bring model and images to this memory format.
