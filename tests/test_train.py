@@ -12,7 +12,18 @@ from torch import nn
 from fastprune import data, methods, models
 from fastprune import nn as fpnn
 from fastprune.errors import DataError, TrainingError
-from fastprune.train import History, MetricsLog, evaluate, fit, multistep, param_groups, prune_finetune, sgd, train
+from fastprune.train import (
+    History,
+    MetricsLog,
+    evaluate,
+    fit,
+    loop,
+    multistep,
+    param_groups,
+    prune_finetune,
+    sgd,
+    train,
+)
 
 DIGITS = data.load("digits", limit=256)
 QUICK = {"batch_size": 64, "progress": False}
@@ -161,7 +172,7 @@ def test_a_loss_that_is_not_finite_names_the_step_and_the_learning_rate(bad_step
 
 
 def test_the_number_of_steps_may_be_a_multiple_of_the_checks(monkeypatch):
-    monkeypatch.setattr("fastprune.train.loop.CHECK_EVERY", 2)
+    monkeypatch.setattr(loop, "CHECK_EVERY", 2)
     _, logs = run(epochs=1)  # 256 images, 4 steps: nothing is left to check after the last one
     assert logs[0]["step"] == 4
 
