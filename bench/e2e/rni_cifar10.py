@@ -38,6 +38,7 @@ def main() -> None:
     p.add_argument("--runs", type=Path, default=Path("runs/rni_cifar10"), help="metrics.jsonl and checkpoints")
     args = p.parse_args()
 
+    fp.tune_cpu_memory()
     data = fp.data.load("imagefolder", args.root)
     common = {"batch_size": args.batch_size, "seed": args.seed, "lr": args.lr, "precision": args.precision}
     common |= {"channels_last": True, "dataset": data, "resume": True}
