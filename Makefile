@@ -66,10 +66,12 @@ $(VENV)/.lint: pyproject.toml | $(BIN)/python
 
 CXX_SOURCES := $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.cpp csrc/*/*.h)
 lint: $(VENV)/.lint
-	@$(BIN)/ruff check .
-	@$(BIN)/ruff format --check .
-	@$(BIN)/clang-format --dry-run -Werror $(CXX_SOURCES)
-	@$(BIN)/python -m pytest -q -c /dev/null --rootdir . --noconftest -p no:cacheprovider tests/test_layers.py
+	@status=0; \
+	$(BIN)/ruff check . || status=1; \
+	$(BIN)/ruff format --check . || status=1; \
+	$(BIN)/clang-format --dry-run -Werror $(CXX_SOURCES) || status=1; \
+	$(BIN)/python -m pytest -q -c /dev/null --rootdir . --noconftest -p no:cacheprovider tests/test_layers.py || status=1; \
+	exit $$status
 
 format: $(VENV)/.lint
 	@$(BIN)/ruff check --fix .
