@@ -204,6 +204,7 @@ def provenance(device: str, verified: bool) -> dict[str, Any]:
         "isa": torch.backends.cpu.get_cpu_capability(),
         "extension": backends.build_info(),
         "malloc": memory.report().get("C library", sys.platform),
+        "environment": {k: v for k, v in os.environ.items() if re.match(r"(OMP|GOMP|KMP|MKL|MALLOC)_|GLIBC_TUN", k)},
         "load": round(os.getloadavg()[0], 2),
         "torch": torch.__version__,
         "python": platform.python_version(),

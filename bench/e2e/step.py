@@ -22,6 +22,7 @@ from __future__ import annotations
 import argparse
 import copy
 import json
+import os
 import subprocess
 import sys
 import time
@@ -86,7 +87,8 @@ def count_calls(step: Callable[[], object]) -> Counter[str]:
 
 def peak_bytes(step: Callable[[], object]) -> int:
     """Most bytes held at one time in blocks that PyTorch's CPU allocator handed out during ``step``."""
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as prof:
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # else a GPU build of torch prints an error where there is no GPU
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as prof:
         step()
     events = [e for e in prof.profiler.kineto_results.events() if e.name() == "[memory]"]
     held = peak = 0
@@ -160,6 +162,7 @@ def main() -> None:
     p.add_argument("--allocator", choices=("default", "tuned", "both"), default="both")
     p.add_argument("--no-resident", action="store_true", help="leave out resident_mb, which takes a process per row")
     p.add_argument("--resident", help=argparse.SUPPRESS)  # a child of this bench: see resident_elsewhere
+    p.set_defaults(rounds=harness.MIN_ROUNDS)
     args = p.parse_args()
     if args.resident:
         torch.set_num_threads(args.threads)

@@ -1,0 +1,337 @@
+"""The bench harness: its numbers, its refusal to time what is broken, its result files, what the benches compare."""
+
+import json
+import os
+import platform
+import re
+import sys
+import threading
+
+import pytest
+import torch
+from torch import nn
+
+from bench import harness, table
+from bench.e2e import step
+from bench.ops import batch_norm_act as op_bench
+from fastprune import backends, models
+
+# ---- numbers
+
+
+def test_spread_and_speedup():
+    assert harness.spread([5.0, 1.0, 4.0, 2.0, 3.0, 6.0]) == (3.5, 2.0, 5.0)
+    samples = {"slow": [4.0, 8.0, 6.0, 6.0, 6.0, 6.0], "fast": [2.0, 2.0, 2.0, 3.0, 3.0, 6.0]}
+    # medians 6 and 2.5; rounds 2, 4, 3, 2, 2, 1
+    assert harness.speedup(samples, "fast", over="slow") == {"ratio": 2.4, "median": 2.0, "p20": 2.0, "p80": 3.0}
+
+
+def test_interleaving_goes_round_all_in_a_shuffled_order():
+    durations, log = {"a": 10.0, "b": 2500.0, "c": 90000.0}, []
+
+    def clock(call, n):
+        log.append((call, n))
+        return durations[call]
+
+    calls = {name: name for name in durations}
+    samples = harness.interleave(calls, rounds=8, sample_s=0.005, clock=clock)
+    assert samples == {name: [us] * 8 for name, us in durations.items()}
+    assert log[:6] == [("a", 1), ("a", 1), ("b", 1), ("b", 1), ("c", 1), ("c", 1)]
+    rounds = [log[i : i + 3] for i in range(6, len(log), 3)]
+    assert len(rounds) == 8 and all(sorted(r) == [("a", 500), ("b", 2), ("c", 1)] for r in rounds)
+    assert len({tuple(r) for r in rounds}) > 1  # not always the same order
+    first, log[:] = list(log), []
+    harness.interleave(calls, rounds=8, sample_s=0.005, clock=clock)
+    assert log == first  # but the same order in the next run
+    with pytest.raises(ValueError, match="at least 7 rounds, got 6"):
+        harness.interleave(calls, rounds=6, clock=clock)
+
+
+def test_the_cpu_clock_counts_every_call():
+    calls = []
+    us = harness.cpu_clock(lambda: calls.append(1), 1000)
+    assert len(calls) == 1000 and us > 0
+
+
+def test_rows_carry_traffic_and_ratios():
+    samples = {"eager": [40.0] * 7, "ours": [10.0] * 7, "copy": [5.0] * 7}
+    traffic = {"eager": 100_000, "ours": 100_000, "copy": 100_000}
+    eager, ours, copied = harness.rows_of("op", {"shape": "1x2"}, samples, {"ours": ["eager"]}, traffic)
+    assert ours["us"] == 10.0 and ours["gb_per_s"] == 10.0 and copied["gb_per_s"] == 20.0 and ours["of_copy"] == 0.5
+    assert ours["speedup"]["eager"]["ratio"] == 4.0 and "speedup" not in eager
+    assert ours["rounds"] == 7 and ours["case"] == {"shape": "1x2"}
+
+
+# ---- tests first
+
+
+@pytest.fixture
+def fake_op(tmp_path):
+    """A folder with the tests of an op, one green and one red."""
+    (tmp_path / "test_green.py").write_text(
+        "import os\ndef test_it(): assert 'eager' in os.environ['FASTPRUNE_TEST_BACKENDS']\n"
+    )
+    (tmp_path / "test_red.py").write_text("def test_it(): assert 1 + 1 == 3, 'wrong kernel'\n")
+    return tmp_path
+
+
+def test_a_green_op_may_be_timed(fake_op, capsys):
+    harness.check(["test_green.py"], root=fake_op)
+    assert "1 passed" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("selection", [["test_red.py"], ["test_green.py", "-k", "nothing"], ["test_missing.py"]])
+def test_a_red_or_untested_op_is_not_timed(fake_op, capsys, selection):
+    with pytest.raises(SystemExit, match="nothing was timed"):
+        harness.check(selection, root=fake_op)
+    assert ("wrong kernel" in capsys.readouterr().err) == (selection == ["test_red.py"])
+
+
+def test_a_bench_of_a_red_op_writes_nothing(fake_op, monkeypatch):
+    monkeypatch.setattr(op_bench, "run", lambda *args: pytest.fail("it was timed"))
+    arguments = harness.arguments
+    monkeypatch.setattr(harness, "arguments", lambda text, tests: arguments(text, [str(fake_op / "test_red.py")]))
+    monkeypatch.setattr(sys, "argv", ["bench", "--backend", "eager", "--quick", "--out", str(fake_op / "out")])
+    with pytest.raises(SystemExit, match="nothing was timed"):
+        op_bench.main()
+    assert not (fake_op / "out").exists()
+
+
+def test_a_backend_that_is_missing_is_not_timed(monkeypatch):
+    monkeypatch.setattr(backends, "why_not", lambda *args: "it was not built")
+    for main in (op_bench.main, step.main):
+        monkeypatch.setattr(sys, "argv", ["bench", "--no-gate"])
+        with pytest.raises(SystemExit, match="backend cpp cannot run here: it was not built"):
+            main()
+
+
+# ---- results
+
+
+def test_rows_are_appended_whole_by_many_writers(tmp_path):
+    path = tmp_path / "new" / "op.jsonl"
+
+    def write(writer):
+        for n in range(20):
+            harness.append(path, [{"writer": writer, "n": n, "row": r, "fill": "x" * 3000} for r in range(3)])
+
+    writers = [threading.Thread(target=write, args=(w,)) for w in range(6)]
+    for w in writers:
+        w.start()
+    for w in writers:
+        w.join()
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    assert len(rows) == 6 * 20 * 3
+    for i in range(0, len(rows), 3):  # the three of one call stay together
+        assert [r["row"] for r in rows[i : i + 3]] == [0, 1, 2] and len(
+            {(r["writer"], r["n"]) for r in rows[i : i + 3]}
+        ) == 1
+
+
+def test_a_bad_row_leaves_the_file_as_it_was(tmp_path):
+    path = tmp_path / "op.jsonl"
+    harness.append(path, [{"us": 1.0}])
+    with pytest.raises(ValueError):
+        harness.append(path, [{"us": 2.0}, {"us": float("nan")}])
+    assert path.read_text() == '{"us": 1.0}\n'
+
+
+def test_provenance_says_enough_and_nothing_private(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["step.py", "--out", "/home/somebody/results", "--shapes", "1x2x3x4"])
+    facts = harness.provenance("cpu", verified=False)
+    for name in (
+        "commit",
+        "dirty",
+        "device",
+        "isa",
+        "threads",
+        "malloc",
+        "load",
+        "torch",
+        "date",
+        "command",
+        "extension",
+    ):
+        assert name in facts
+    assert facts["verified"] is False and facts["threads"] == torch.get_num_threads()
+    text = json.dumps(facts)
+    assert facts["command"].endswith("--out results --shapes 1x2x3x4")
+    assert "somebody" not in text and str(harness.ROOT) not in text
+    assert not platform.node() or platform.node() not in text.replace(facts["command"], "")
+
+
+@pytest.mark.parametrize(
+    "model, folder",
+    [
+        ("AMD EPYC", "amd-epyc-2c"),
+        ("Intel(R) Xeon(R) Platinum 8370C CPU @ 2.80GHz", "intel-xeon-platinum-8370c-2c"),
+        ("AMD EPYC 7763 64-Core Processor", "amd-epyc-7763-64-core-2c"),
+    ],
+)
+def test_results_are_filed_by_device_model(monkeypatch, model, folder):
+    monkeypatch.setattr(harness, "device_model", lambda device: model)
+    monkeypatch.setattr(os, "cpu_count", lambda: 2)
+    assert harness.device_folder("cpu") == folder
+
+
+def result(impl, us, date="2026-01-02T00:00:00Z", **extra):
+    facts = {"device": "AMD EPYC", "isa": "AVX2", "torch": "2.11.0", "commit": "abc", "dirty": False, "verified": True}
+    return {
+        "bench": "op",
+        "case": {"shape": "1x2", "dtype": "float32"},
+        "impl": impl,
+        "us": us,
+        "provenance": facts | {"date": date},
+    } | extra
+
+
+def test_tables_show_the_latest_row_of_each_case(tmp_path, capsys, monkeypatch):
+    faster = {"speedup": {"eager": {"ratio": 2.5}}, "metrics": {"calls": 1810}}
+    rows = [result("eager", 99.0, "2026-01-01T00:00:00Z"), result("eager", 50.0), result("ours", 20.0, **faster)]
+    rows += [r | {"case": {"shape": "3x4", "dtype": "float32"}} for r in (result("eager", 1234.5),)]
+    path = tmp_path / "amd" / "op.jsonl"
+    harness.append(path, rows)
+    text = table.render(table.latest([path]))
+    head, _, names, _, first, second = text.splitlines()
+    assert "**op**: dtype float32, device AMD EPYC, isa AVX2, torch 2.11.0, commit abc; 2026-01-0" in head
+    assert "NOT VERIFIED" not in head and "uncommitted" not in head
+    assert names == "| shape | eager, us | ours, us | calls |"
+    assert first == "| 1x2 | 50 | 20 (2.50x eager) | ours 1,810 |"
+    assert second == "| 3x4 | 1,234 |  |  |"
+    monkeypatch.setattr(sys, "argv", ["table", str(path), "--where", "shape=3x4"])
+    table.main()
+    printed = capsys.readouterr().out
+    assert "1,234" in printed and "2.50x" not in printed
+
+
+def test_tables_admit_what_is_not_verified():
+    row = result("eager", 1.0)
+    row["provenance"] |= {"verified": False, "dirty": True}
+    assert "uncommitted changes, NOT VERIFIED by tests" in table.render([row])
+
+
+def test_a_damaged_result_file_is_named_by_line(tmp_path):
+    path = tmp_path / "op.jsonl"
+    path.write_text(json.dumps(result("eager", 1.0)) + '\n{"bench": "op", "ca\n')
+    with pytest.raises(ValueError, match=r"op\.jsonl:2 is not a result row"):
+        table.latest([path])
+
+
+# ---- the benches
+
+
+@pytest.mark.parametrize("what", op_bench.TRAFFIC)
+@pytest.mark.parametrize("layout", op_bench.LAYOUTS)
+def test_contestants_compute_the_same(what, layout):
+    x = torch.randn(4, 5, 6, 7).to(memory_format=op_bench.LAYOUTS[layout])
+    calls = op_bench.contestants(what, x, "eager", compiled=False)
+    names = {"eager", "fastprune", "copy"} | ({"eager+gates", "fastprune+gates"} if what in ("relu", "add") else set())
+    assert set(calls) == names
+    with torch.set_grad_enabled(what != "eval"):
+        results = {name: call() for name, call in calls.items()}
+    assert torch.equal(results.pop("copy"), x)
+    for found in results.values():
+        assert len(found) == len(results["eager"])
+        torch.testing.assert_close(found, results["eager"])
+
+
+def test_gate_gradients_of_eager_hook_and_op_agree():
+    torch.manual_seed(0)
+    x, residual, dy = (torch.randn(3, 4, 5, 6, requires_grad=True) for _ in range(3))
+    weight, bias = torch.rand(4, requires_grad=True), torch.rand(4, requires_grad=True)
+    state = [torch.zeros(4), torch.ones(4), torch.tensor(0)]
+    gates = [torch.empty(3, 4) for _ in range(2)]
+    y = op_bench.eager_with_hook(x, weight, bias, *state, residual, gates[0])
+    torch.autograd.grad(y, (x, weight, bias, residual), dy)
+    z = op_bench.ops.batch_norm_act(
+        *(x, weight, bias, *state), residual=residual, act="relu", gate_grad=gates[1], backend="eager"
+    )
+    torch.autograd.grad(z, (x, weight, bias, residual), dy)
+    torch.testing.assert_close(*gates)
+
+
+def test_the_op_bench_runs_and_files_its_rows(tmp_path, monkeypatch, capsys):
+    argv = "bench --no-gate --backend eager --shapes 2x3x4x4 --dtypes float32 --sample-ms 0.1 --rounds 7 --out"
+    monkeypatch.setattr(sys, "argv", [*argv.split(), str(tmp_path)])
+    threads = torch.get_num_threads()
+    try:
+        op_bench.main()
+    finally:
+        torch.set_num_threads(threads)
+    rows = table.latest([tmp_path / "batch_norm_act.jsonl"])
+    assert len(rows) == 2 * (5 + 5 + 3 + 3) and not any(r["provenance"]["verified"] for r in rows)
+    assert {r["case"]["allocator"] for r in rows} == {"default"}
+    assert "ReLU, x up to 8 MB: fastprune against eager, 2 cases: least" in capsys.readouterr().out
+
+
+def test_the_summary_names_what_misses():
+    def row(what, shape, ratio):
+        case = {"what": what, "shape": shape, "dtype": "float32", "layout": "nchw", "allocator": "tuned"}
+        return {"case": case, "impl": "fastprune", "speedup": {"eager": {"ratio": ratio}}}
+
+    text = op_bench.summary([row("relu", "1x1x1x1", 1.5), row("relu", "2x1x1x1", 9.0), row("relu", "64x64x56x56", 2.1)])
+    assert "ReLU, x up to 8 MB: fastprune against eager, 2 cases: least 1.50x (goal 2.00), median 5.25x" in text
+    assert "1 missed\n    1.50x  relu 1x1x1x1 float32 nchw tuned" in text
+    assert "x over 8 MB, allocator tuned: fastprune against eager, 1 cases: least 2.10x" in text
+    assert "median missed" in text.splitlines()[-1]  # 2.1 against 3.5
+    assert "batch norm alone" not in text  # nothing measured, nothing said
+
+
+def test_calls_are_counted_forward_and_backward():
+    x, w = torch.randn(2, 3), torch.randn(3, 4, requires_grad=True)
+
+    def run():
+        (x @ w).relu().sum().backward()
+
+    # forward mm, relu, detach, sum; backward ones_like, expand, detach, threshold_backward, t, mm, detach
+    assert step.count_calls(run) == {"aten": 11}
+    model = nn.Sequential(*(nn.ReLU() for _ in range(5)))
+    assert step.count_calls(lambda: model(x)) == {"aten": 5}
+
+
+def test_peak_bytes_are_exact():
+    def run():
+        a = torch.empty(1 << 20, dtype=torch.uint8)
+        b = torch.empty(2 << 20, dtype=torch.uint8)
+        del a
+        c = torch.empty(4 << 20, dtype=torch.uint8)
+        del b, c
+        torch.empty(5 << 20, dtype=torch.uint8)
+
+    assert step.peak_bytes(run) == 6 << 20
+
+
+@pytest.mark.parametrize("impl", step.IMPLS)
+def test_a_step_trains(impl):
+    torch.manual_seed(0)
+    model = models.create("vgg-small", in_channels=3)
+    x, target = torch.randn(16, 3, 8, 8), torch.randint(10, (16,))
+    before = [p.clone() for p in model.parameters()]
+    run = step.make_step(impl, model, x, target)
+    first, *_, last = [run() for _ in range(8)]
+    assert last < first
+    assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))  # it works on a copy
+    if impl == "fused":
+        torch.testing.assert_close(first, step.make_step("eager", model, x, target)(), rtol=1e-4, atol=1e-4)
+
+
+def test_converted_steps_dispatch_less():
+    torch.manual_seed(0)
+    model = models.create("resnet20")
+    x, target = torch.randn(2, 3, 16, 16), torch.randint(10, (2,))
+    calls = {impl: step.count_calls(step.make_step(impl, model, x, target)) for impl in ("eager", "fused")}
+    assert calls["eager"]["fastprune"] == 0 and calls["eager"]["aten"] > 200
+    assert sum(calls["fused"].values()) < calls["eager"]["aten"]
+
+
+def test_resident_memory_is_measured_in_a_child(monkeypatch):
+    args = harness.arguments("", []).parse_args([])
+    args.batch = 2
+    assert 1 < step.resident_elsewhere(args, "resnet56", "eager", tuned=False) < 500
+
+
+def test_committed_results_are_verified_and_name_no_place():
+    for path in harness.RESULTS.glob("*/*.jsonl"):
+        for row in table.latest([path]):
+            assert row["provenance"]["verified"], f"{path.name}: {row['case']} was timed without tests"
+            assert not re.search(r"(?<!\S)/", row["provenance"]["command"])
