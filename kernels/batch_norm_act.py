@@ -204,7 +204,7 @@ def _finalise_kernel(
         count = tl.load(at, mask=inside & (p < P), other=0.0)
         counts += count
         sums += tl.where(count > 0.0, count * tl.load(at + P * C, mask=inside & (p < P), other=0.0), 0.0)
-    total = tl.maximum(tl.sum(counts, axis=0), 1.0)
+    total = tl.where(c < C, tl.sum(counts, axis=0), 2.0)  # lanes past C divide by it, and by it less 1
     mean = tl.sum(sums, axis=0) / total
     squares = tl.zeros((BLOCK_P, BLOCK_C), dtype=tl.float64)
     for start in range(0, P, BLOCK_P):
@@ -615,9 +615,9 @@ def _fused(N: int, C: int, S: int, channels_last: bool, itemsize: int, per_sampl
 def _split(N: int, C: int, S: int, channels_last: bool, itemsize: int, per_sample: bool) -> tuple:
     """Grid, sizes and blocks of a sums kernel, and how many times its channels repeat.
 
-    channels_last samples are one long plane unless sums per sample are wanted.  A ragged C is made whole vectors by taking
-    neighbouring rows for more channels: the finalise kernel reads partials (P, repeat * C) as (P * repeat, C).  With sums
-    per sample that needs an even H * W; 7 x 7 with a ragged C is read element by element.
+    channels_last samples are one long plane unless sums per sample are wanted.  A ragged C is made whole vectors by
+    taking neighbouring rows for more channels: the finalise kernel reads partials (P, repeat * C) as (P * repeat, C).
+    With sums per sample that needs an even H * W; 7 x 7 with a ragged C is read element by element.
     """
     repeat = 1
     if channels_last:
