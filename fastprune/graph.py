@@ -351,7 +351,7 @@ def _assemble(tracer: Tracer, model: nn.Module, train_error: str | None) -> Chan
 
     root = _components(total, tracer.pairs)
     why: dict[int, str] = {}  # root of a frozen channel -> the first reason to freeze it
-    for label, reason in tracer.reasons.items():
+    for label, reason in (tracer.reasons | tracer.constants).items():
         why.setdefault(int(root[label]), reason)
 
     bundles = []  # (rows touched, producing rows among them by module order, roots in the order of the first producer)

@@ -115,11 +115,13 @@ class Tracer(TorchDispatchMode):
         super().__init__()
         self.strict = strict
         self.stored: dict[str, Tensor] = {}
+        self.foreign: list[Tensor] = []  # others that outlive the forward and carry marks, such as step counters
         self.rows: list[Row] = []
         self.starts: list[int] = []  # of the rows
         self.next_label = 0
         self.pairs: list[tuple[Tensor, Tensor]] = []  # (K,) each: labels that must be equal
         self.reasons: dict[int, str] = {}  # a label of its own for every act of freezing -> why
+        self.constants: dict[int, str] = {}  # the same for channels that are none, such as padding
         self.roles: dict[tuple[str, int], None] = {}  # (role, row number), in order of the forward
         self.norm_after: dict[int, int] = {}  # row number of a producer -> row number of the norm's parameter
         self.norm_means: set[int] = set()
@@ -144,9 +146,9 @@ class Tracer(TorchDispatchMode):
         setattr(t, ATTRIBUTE, Marks({}, DATA))
 
     def finish(self) -> set[str]:
-        """Take the marks off parameters and buffers.  Returns: names of those that no op has read."""
+        """Take the marks off what stays behind.  Returns: names of parameters and buffers that no op has read."""
         unread = {name for name, t in self.stored.items() if not self._marks(t).used}
-        for t in self.stored.values():
+        for t in (*self.stored.values(), *self.foreign):
             t.__dict__.pop(ATTRIBUTE, None)
         return unread
 
@@ -174,7 +176,9 @@ class Tracer(TorchDispatchMode):
     def freeze(self, labels: Tensor | None, why: str) -> None:
         """These labels can never be removed."""
         if labels is not None:
-            self.equal(labels, self.constant(1, why))
+            self.reasons[self.next_label] = why
+            self.equal(labels, torch.tensor([self.next_label]))
+            self.next_label += 1
 
     def freeze_all(self, tensors: list[Tensor], why: str) -> None:
         """No label of these tensors can ever be removed."""
@@ -184,7 +188,7 @@ class Tracer(TorchDispatchMode):
 
     def constant(self, size: int, why: str) -> Tensor:
         """Labels for ``size`` indices that never go away, such as padding channels: (size,)."""
-        self.reasons[self.next_label] = why
+        self.constants[self.next_label] = why
         self.next_label += 1
         return torch.full((size,), self.next_label - 1)
 
@@ -289,6 +293,8 @@ class Tracer(TorchDispatchMode):
             known = getattr(t, ATTRIBUTE, None)
             if known is None:
                 setattr(t, ATTRIBUTE, Marks({}, kind))
+                if any(t is given for given in call.ins):  # changed in place, and not made while we watched
+                    self.foreign.append(t)
             elif kind in (DATA, NOISE):  # an in-place op
                 known.kind = kind
         if followed:

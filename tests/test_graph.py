@@ -1,0 +1,429 @@
+"""What trace finds: groups, roles, couplings, what it freezes and why, and that it leaves no trace itself."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+import random
+import re
+
+import numpy as np
+import pytest
+import torch
+import torchvision
+from graph_cases import FAMILIES, PATTERNS, Lambda, Net, OptionA, conv_bn, stir
+from torch import nn
+from torch.nn import functional as F
+
+from fastprune import labels
+from fastprune.errors import GraphError
+from fastprune.graph import ChannelGraph, pointwise, register_rule, trace
+
+X = torch.randn(2, 3, 16, 16)
+
+
+def middle(function, width=7, **modules) -> Net:
+    return Net(Lambda(function, **modules), width)
+
+
+def groups_of(graph: ChannelGraph) -> dict[str, int]:
+    return {name: g.size for name, g in graph.groups.items()}
+
+
+# Groups and roles
+
+
+def test_resnet18():
+    graph = trace(torchvision.models.resnet18(), torch.randn(2, 3, 64, 64))
+    assert groups_of(graph) == {
+        "conv1": 64, "layer1.0.conv1": 64, "layer1.1.conv1": 64,
+        "layer2.0.conv1": 128, "layer2.0.conv2": 128, "layer2.1.conv1": 128,
+        "layer3.0.conv1": 256, "layer3.0.conv2": 256, "layer3.1.conv1": 256,
+        "layer4.0.conv1": 512, "layer4.0.conv2": 512, "layer4.1.conv1": 512,
+    }  # fmt: skip
+    inner, stream = graph.groups["layer2.0.conv1"], graph.groups["layer2.0.conv2"]
+    assert inner.convs == ("layer2.0.conv1",) and not inner.coupled
+    assert inner.norms == ("layer2.0.bn1",) and inner.consumers == ("layer2.0.conv2",)
+    assert stream.convs == ("layer2.0.conv2", "layer2.0.downsample.0", "layer2.1.conv2") and stream.coupled
+    assert stream.norms == ("layer2.0.bn2", "layer2.0.downsample.1", "layer2.1.bn2")
+    assert stream.consumers == ("layer2.1.conv1", "layer3.0.conv1", "layer3.0.downsample.0")
+    assert graph.frozen == {"fc": "it is an output of the model"} and graph.train_error is None
+    assert graph.norm_after["layer2.0.downsample.0"] == "layer2.0.downsample.1"
+    assert len(graph.norm_after) == 20
+    assert set(inner.index) == {
+        ("layer2.0.conv1.weight", 0), ("layer2.0.conv2.weight", 1),
+        *((f"layer2.0.bn1.{n}", 0) for n in ("weight", "bias", "running_mean", "running_var")),
+    }  # fmt: skip
+    for position, channel in inner.index.values():
+        assert position.tolist() == channel.tolist() == list(range(128))
+
+
+def test_flatten_gives_each_channel_several_columns():
+    group = trace(PATTERNS["flatten_into_linear"](), X).groups["first"]
+    position, channel = group.index["hidden.weight", 1]
+    assert position.tolist() == list(range(48)) and channel.tolist() == [i // 6 for i in range(48)]
+    assert group.per_channel("hidden.weight", 1, torch.arange(48.0)).tolist() == [36.0 * i + 15 for i in range(8)]
+    assert group.consumers == ("hidden",) and group.norms == ()
+
+
+def test_zero_padded_shortcuts():
+    """Option A: the stem's six channels run through all stages, two and four rows further; the rest meet padding."""
+    graph = trace(OptionA(), X)
+    stream = graph.groups["first"]
+    assert stream.size == 6
+    assert stream.convs == ("first", *(f"layer{i}.{j}.conv2" for i in (1, 2, 3) for j in (0, 1)))
+    assert stream.index["layer2.0.conv2.weight", 0].position.tolist() == [2, 3, 4, 5, 6, 7]
+    assert stream.index["fc.weight", 1].position.tolist() == [4, 5, 6, 7, 8, 9]
+    assert [n for n, g in graph.groups.items() if not g.coupled] == [
+        f"layer{i}.{j}.conv1" for i in (1, 2, 3) for j in (0, 1)
+    ]
+    assert graph.frozen["layer2.1.conv2"] == "it is added to channels of zero padding (4 of 10 channels)"
+    assert graph.frozen["layer3.0.conv2"] == "it is added to channels of zero padding (8 of 14 channels)"
+
+
+def test_concatenation():
+    graph = trace(PATTERNS["dense"](), X)
+    assert groups_of(graph) == {"first": 8, "middle.conv1": 6, "middle.conv2": 6}
+    first, second = graph.groups["first"], graph.groups["middle.conv1"]
+    assert first.norms == ("bn", "middle.bn1", "middle.bn2") and second.norms == ("middle.bn2",)
+    assert second.index["middle.bn2.bias", 0].position.tolist() == list(range(8, 14))
+    assert second.index["fc.weight", 1].position.tolist() == list(range(8, 14))
+    assert graph.norm_after == {"first": "bn"}  # the other norms read more than one layer's channels
+
+
+def test_depthwise_convolutions_pass_channels_on():
+    group = trace(PATTERNS["depthwise"](), X).groups["first"]
+    assert group.size == 8 and not group.coupled and group.convs == ("first",)
+    assert group.depthwise == ("middle.0.0", "middle.1.0") and group.consumers == ("middle.2.0",)
+    assert group.index["middle.1.0.weight", 0].channel.tolist() == [i // 3 for i in range(24)]
+
+
+def test_grouped_convolutions_stay_rectangular():
+    graph = trace(PATTERNS["grouped"](), X)
+    assert groups_of(graph) == {"first": 8, "middle.0.0": 8, "middle.1.0": 6, "middle.2.0": 7}
+    assert graph.groups["middle.0.0"].index["middle.0.0.weight", 0].channel.tolist() == [*range(8)] * 3
+    assert graph.groups["middle.0.0"].index["middle.1.0.weight", 1].position.tolist() == [*range(8)]
+
+
+def test_gates_are_coupled_to_what_they_scale():
+    graph = trace(PATTERNS["squeeze_excite"](), X)
+    assert groups_of(graph) == {"first": 8, "middle.down": 4, "middle.out": 7}
+    assert graph.groups["first"].convs == ("first", "middle.up")
+
+
+def test_a_layer_that_feeds_two_groups_gets_two_names():
+    def run(m, x):
+        return torch.cat([m.left(x), m.right(m.wide(x).chunk(2, 1)[0])], 1)
+
+    net = middle(run, 9, left=nn.Conv2d(8, 4, 1), wide=nn.Conv2d(8, 12, 1), right=nn.Conv2d(6, 5, 1))
+    assert groups_of(trace(net, X)) == {"first": 8, "middle.left": 4, "middle.wide": 6, "middle.right": 5}
+
+    def sizes(m, x):
+        a, b = m.wide(x).split([6, 6], 1)
+        return m.right(a) + m.right(torch.cat([b[:, :3], b[:, 3:]], 1))
+
+    assert trace(middle(sizes, 5, wide=nn.Conv2d(8, 12, 1), right=nn.Conv2d(6, 5, 1)), X).frozen["middle.wide"] == (
+        "aten::slice takes fixed positions out of its channels"
+    )
+
+    def two(m, x):
+        y = torch.cat([m.wide(x), m.wide(x)], 1)  # rows twice
+        return m.right(y)
+
+    graph = trace(middle(two, 5, wide=nn.Conv2d(8, 6, 1), right=nn.Conv2d(12, 5, 1)), X)
+    assert graph.groups["middle.wide"].index["middle.right.weight", 1].channel.tolist() == [*range(6)] * 2
+
+    def lopsided(m, x):
+        a = m.wide(x)
+        return m.right(F.pad(a, (0, 0, 0, 0, 0, 3)) * m.gate(x))
+
+    net = middle(lopsided, 5, wide=nn.Conv2d(8, 6, 1), gate=nn.Conv2d(8, 9, 1), right=nn.Conv2d(9, 5, 1))
+    graph = trace(net, X)
+    assert graph.groups["middle.wide"].convs == ("middle.wide", "middle.gate")
+    assert graph.frozen["middle.gate"] == "it is added to channels of zero padding (3 of 9 channels)"
+
+
+def test_one_layer_two_groups():
+    """The halves of one convolution that go different ways are told apart by their names."""
+
+    class TwoWays(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.wide, self.a, self.b = nn.Conv2d(3, 12, 1), nn.Conv2d(6, 6, 1), nn.Conv2d(12, 5, 1)
+            self.extra = nn.Conv2d(3, 6, 1)
+
+        def forward(self, x):
+            y = self.wide(x) * torch.cat([self.extra(x), torch.ones(2, 6, 16, 16)], 1)
+            return self.b(y).mean((2, 3))
+
+    graph = trace(TwoWays(), X)
+    assert groups_of(graph) == {"wide": 6}
+    assert graph.groups["wide"].convs == ("wide", "extra")
+    assert graph.frozen["wide"].endswith("(6 of 12 channels)")
+
+    class Both(TwoWays):
+        def forward(self, x):
+            y = torch.cat([self.extra(x), self.a(self.extra(x))], 1) + self.wide(x)
+            return self.b(y).mean((2, 3))
+
+    graph = trace(Both(), X)
+    assert groups_of(graph) == {"wide": 6, "wide#2": 6}
+    assert {g.convs for g in graph.groups.values()} == {("wide", "extra"), ("wide", "a")}
+
+
+def test_order_is_module_order_and_traces_agree():
+    model = FAMILIES["googlenet"]()
+    x = torch.randn(2, 3, 64, 64)
+    graph, again = trace(model, x), trace(model, x)
+    assert (
+        graph.groups == again.groups and graph.frozen == again.frozen and (graph.channel_of == again.channel_of).all()
+    )
+    order = [name for name, _ in model.named_modules()]
+    at = [order.index(g.convs[0]) for g in graph.groups.values()]
+    assert at == sorted(at)
+    assert {"aux1.conv.conv", "aux1.fc1"} <= set(graph.groups)  # they only run in training
+    assert pickle.loads(pickle.dumps(graph)).groups == graph.groups == copy.deepcopy(graph).groups
+
+
+# What is frozen
+
+
+def weighted(m, x):
+    w = m.conv.weight.sigmoid()  # a masked weight would be 0.5
+    return m.out(F.conv2d(x, w))
+
+
+def attention(m, x):
+    q, k = m.q(x).flatten(2), m.k(x).flatten(2)
+    return (
+        m.out((q.transpose(1, 2) @ k).softmax(-1) @ m.v(x).flatten(2).transpose(1, 2))
+        .transpose(1, 2)
+        .unflatten(2, (16, 16))
+    )
+
+
+def standardised(m, x):
+    w = m.conv.weight
+    return m.out(F.conv2d(x, w - w.mean((1, 2, 3), keepdim=True)))
+
+
+def all_tied(m, x):
+    for _ in range(3):  # each shuffle ties the channels of a cycle: 0 1 2 3 4 5 6 7 -> 0 4 1 5 2 6 3 7
+        x = F.channel_shuffle(x, 2) + x
+    return m.conv(F.channel_shuffle(x.flip(1) + x, 4) + x)
+
+
+def written(m, x):
+    y = torch.zeros(len(x), 8, 16, 16)
+    y[:, :8] = x
+    return m.conv(y)
+
+
+CONV = {"conv": nn.Conv2d(8, 7, 1)}
+PAIR = {"conv": nn.Conv2d(8, 6, 1), "out": nn.Conv2d(6, 7, 1)}
+QKV = {**{n: nn.Conv2d(8, 6, 1) for n in "qkv"}, "out": nn.Linear(6, 7)}
+CUT = "takes fixed positions out of its channels"
+CROP = (0, 0, 0, 0, -1, -1)
+FROZEN = {
+    "layer norm": (lambda m, x: m.conv(F.layer_norm(x, x.shape[1:])), CONV, "layer norm averages over it"),
+    "group norm": (lambda m, x: m.conv(F.group_norm(x, 2)), CONV, "group norm averages over it"),
+    "softmax": (lambda m, x: m.conv(x.softmax(1)), CONV, "aten::_softmax runs over it"),
+    "reduction": (lambda m, x: m.conv(x * x.mean(1, keepdim=True)), CONV, "aten::mean reduces over it"),
+    "slice": (lambda m, x: m.conv(torch.cat([x[:, :3], x[:, 3:]], 1)), CONV, f"aten::slice {CUT}"),
+    "index": (lambda m, x: m.conv(x[:, [7, 6, 5, 4, 3, 2, 1, 0]]), CONV, f"aten::index {CUT}"),
+    "roll": (lambda m, x: m.conv(x.roll(1, 1)), CONV, f"aten::roll {CUT}"),
+    "constant": (lambda m, x: m.conv(x * torch.ones(8, 1, 1)), CONV, "input or a constant of fixed size"),
+    "pool over channels": (lambda m, x: m.conv(F.local_response_norm(x, 3)), CONV, "aten::avg_pool3d slides over it"),
+    "crop": (lambda m, x: m.conv(F.pad(torch.cat([x, x], 1), CROP)[:, :8]), CONV, "a negative padding cuts"),
+    "written": (written, CONV, "input or a constant of fixed size"),
+    "computed weight": (weighted, PAIR, "computed from other weights"),
+    "standardised weight": (standardised, PAIR, "aten::mean reduces over it"),
+    "attention": (attention, QKV, "an activation itself"),
+    "sdpa": (lambda m, x: m.conv(F.scaled_dot_product_attention(x, x, x)), CONV, "attention has no rule"),
+    "as_strided": (lambda m, x: m.conv(x.as_strided(x.shape, x.stride())), CONV, "reads memory by stride"),
+    "all tied": (all_tied, CONV, "the model ties all its channels into one"),
+}
+
+
+@pytest.mark.parametrize("case", FROZEN)
+def test_frozen_and_why(case):
+    function, modules, why = FROZEN[case]
+    name = "middle.q" if case == "attention" else "first"
+    graph = trace(middle(function, **copy.deepcopy(modules)), X)
+    assert name not in graph.groups
+    assert why in graph.frozen[name]
+    assert "fc" in graph.frozen
+
+
+def test_values_pass_attention_but_not_queries_and_keys():
+    graph = trace(middle(attention, **copy.deepcopy(QKV)), X)
+    assert set(graph.groups) == {"first", "middle.v", "middle.out"}
+
+
+def test_strict_freezes_what_views_and_splits_take_apart():
+    for name in ("chunk", "channel_shuffle_by_view"):
+        assert "first" in trace(PATTERNS[name](), X).groups
+        assert "first" in trace(PATTERNS[name](), X, strict=True).frozen
+    assert groups_of(trace(PATTERNS["residual"](), X, strict=True)) == groups_of(trace(PATTERNS["residual"](), X))
+
+
+def test_unread_and_unproduced_channels():
+    def run(m, x):
+        m.dead(x)
+        return m.conv(x) + m.bias
+
+    model = middle(run, dead=nn.Conv2d(8, 6, 1), conv=nn.Conv2d(8, 7, 1), bias=nn.Parameter(torch.ones(7, 1, 1)))
+    graph = trace(model, X)
+    assert graph.frozen["middle.dead"] == "no convolution or linear layer reads it"
+    assert ("middle.bias", 0) in graph.groups["middle.conv"].index
+
+
+# Unknown ops
+
+
+@pytest.fixture
+def swirl():
+    """An op that PyTorch knows nothing about, registered for one test."""
+    library = torch.library.Library("fastprune_test", "FRAGMENT")
+    library.define("swirl(Tensor x, float by) -> Tensor")
+    library.impl("swirl", lambda x, by: torch.sin(x) * by, "CompositeExplicitAutograd")
+    yield torch.ops.fastprune_test.swirl
+    labels._RULES.pop("fastprune_test::swirl", None)
+    labels._rule_of.cache_clear()
+    library._destroy()
+
+
+def test_unknown_ops_freeze_and_are_named_once(swirl):
+    model = Net(nn.Sequential(Lambda(lambda m, x: swirl(x, 2.0)), conv_bn(8, 6), Lambda(lambda m, x: swirl(x, 2.0))), 6)
+    with pytest.warns(UserWarning) as warned:
+        graph = trace(model, X)
+    assert len(warned) == 1
+    assert re.fullmatch(r"trace: fastprune_test::swirl has no rule; .* stay unpruned .*", str(warned[0].message))
+    assert graph.groups == {}
+    assert graph.frozen["first"] == graph.frozen["middle.1.0"] == "it reaches fastprune_test::swirl, which has no rule"
+    assert graph.frozen["fastprune_test::swirl"] == "has no rule; the channels that reach it are left alone"
+    register_rule("fastprune_test::swirl", pointwise)
+    assert set(trace(model, X).groups) == {"first", "middle.1.0"}
+
+
+def test_a_rule_that_fails_freezes_too(swirl):
+    def rule(tracer, call):
+        raise KeyError("no such form")
+
+    register_rule("fastprune_test::swirl", rule)
+    with pytest.warns(
+        UserWarning, match=r"swirl was called in a way its rule does not cover \(KeyError: 'no such form'\)"
+    ):
+        graph = trace(middle(lambda m, x: m.conv(swirl(x, 1.0)), **copy.deepcopy(CONV)), X)
+    assert "first" in graph.frozen and "middle.conv" in graph.groups
+
+
+def test_a_rule_of_ones_own(swirl):
+    def rule(tracer, call):
+        x = call.arg("x")
+        assert call.arg("by") == 1.0 and call.arg("other") is None and call.outs == [call.out]
+        tracer.freeze(tracer.axes(x)[1][:2], "the first two are special")
+        tracer.label(call.out, tracer.axes(x))
+
+    register_rule("fastprune_test::swirl", rule)
+    graph = trace(middle(lambda m, x: m.conv(swirl(x, 1.0)), **copy.deepcopy(CONV)), X)
+    assert graph.groups["first"].size == 6
+    assert graph.frozen["first"] == "the first two are special (2 of 8 channels)"
+    assert graph.groups["first"].index["first.weight", 0].position.tolist() == [2, 3, 4, 5, 6, 7]
+
+
+@pytest.mark.parametrize("name", ["swirl", "a::b::c", "aten::add.Tensor", ""])
+def test_rules_need_a_qualified_name(name):
+    with pytest.raises(ValueError, match=r"expected an op name such as 'mylib::swish'"):
+        register_rule(name, pointwise)
+
+
+# The model itself
+
+
+def test_nothing_of_the_trace_stays():
+    model = FAMILIES["mobilenet_v3_small"]()  # batch norm, dropout
+    model.train()
+    model.features[3].eval()
+    x = torch.randn(2, 3, 32, 32)
+    model(x).sum().backward()
+    x.requires_grad_(True)
+    flags = [m.training for m in model.modules()]
+    buffers = list(model.buffers())
+    before = [t.detach().clone() for t in [*model.parameters(), *buffers, *(p.grad for p in model.parameters())]]
+    torch.manual_seed(3), random.seed(3), np.random.seed(3)
+    trace(model, x)
+    drawn = torch.rand(1), random.random(), np.random.rand()
+    torch.manual_seed(3), random.seed(3), np.random.seed(3)
+    assert drawn == (torch.rand(1), random.random(), np.random.rand())
+    assert [m.training for m in model.modules()] == flags
+    assert all(a is b for a, b in zip(model.buffers(), buffers, strict=True))
+    after = [*model.parameters(), *buffers, *(p.grad for p in model.parameters())]
+    assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+    assert not any(hasattr(t, labels.ATTRIBUTE) for t in [*model.parameters(), *buffers, x]) and x.grad is None
+
+
+def test_inputs_by_position_and_by_name():
+    class Two(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b, self.out = nn.Conv2d(3, 8, 1), nn.Conv2d(1, 8, 1), nn.Conv2d(8, 5, 1)
+
+        def forward(self, image, depth=None):
+            return {"logits": self.out(self.a(image) + self.b(depth)), "none": None}
+
+    depth = torch.randn(2, 1, 16, 16)
+    expected = trace(Two(), (X, depth))
+    assert groups_of(expected) == {"a": 8} and expected.groups["a"].convs == ("a", "b")
+    assert trace(Two(), {"image": X, "depth": depth}).groups == expected.groups
+    assert not hasattr(depth, labels.ATTRIBUTE)
+
+
+def test_training_that_cannot_run_is_kept_in_words():
+    class Head(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body, self.norm, self.fc, self.aux = (
+                nn.Conv2d(3, 8, 1),
+                nn.BatchNorm2d(8),
+                nn.Linear(8, 5),
+                nn.Linear(8, 5),
+            )
+
+        def forward(self, x):
+            x = self.norm(self.body(x).mean((2, 3), keepdim=True)).flatten(1)
+            return (self.fc(x), self.aux(x)) if self.training else self.fc(x)
+
+    model = Head()
+    graph = trace(model, X)
+    assert graph.train_error is None and graph.groups["body"].consumers == ("fc", "aux")
+    with pytest.warns(UserWarning, match=r"trace: aux never ran, and the forward in training mode failed \(ValueError"):
+        graph = trace(model, X[:1])
+    assert "more than 1 value per channel" in graph.train_error and graph.groups["body"].consumers == ("fc",)
+
+
+def test_masking_zeroes_what_goes_and_nothing_else():
+    model = stir(PATTERNS["depthwise"]()).eval()
+    graph, whole = trace(model, X), copy.deepcopy(model)
+    keep = {"first": torch.tensor([True, False] * 4)}
+    graph.mask_(model, keep)
+    removed = torch.arange(24) // 3 % 2 == 1
+    rows = [f"middle.1.{n}" for n in ("0.weight", "0.bias", "1.weight", "1.bias", "1.running_mean")]
+    for name, axis in [*((n, 0) for n in rows), ("middle.2.0.weight", 1)]:
+        masked, was = model.state_dict()[name].movedim(axis, 0), whole.state_dict()[name].movedim(axis, 0)
+        assert not masked[removed].any() and torch.equal(masked[~removed], was[~removed]) and was.all()
+    assert torch.equal(model.middle[1][1].running_var, whole.middle[1][1].running_var)
+    assert torch.equal(model.fc.weight, whole.fc.weight) and torch.equal(
+        model.middle[2][0].bias, whole.middle[2][0].bias
+    )
+
+
+@pytest.mark.parametrize("model, x, error, message", [
+    (PATTERNS["residual"], torch.randn(2, 4, 16, 16), GraphError, r"does not run on example_inputs: RuntimeError"),
+    (lambda: Lambda(lambda m, x: "logits"), X, GraphError, r"expected the model to return tensors, got str"),
+    (lambda: nn.LazyConv2d(4, 1), X, ValueError, r"lazy parameters; run it once on example_inputs first"),
+    (lambda: torch.compile(nn.Conv2d(3, 4, 1), backend="eager"), X, ValueError, r"trace before compiling"),
+])  # fmt: skip
+def test_errors_say_what_to_do(model, x, error, message):
+    with pytest.raises(error, match=message):
+        trace(model(), x)
