@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
+import json
 import subprocess
 import sys
 
 import pytest
 
 import fastprune
-from fastprune import backends, cli, doctor
+from fastprune import backends, cli, doctor, quickstart
 
 
 def call(capsys, *argv):
@@ -145,6 +147,44 @@ def test_doctor_notices_nan(monkeypatch, capsys):
 def test_doctor_names_the_command_for_a_missing_package(capsys, monkeypatch):
     monkeypatch.setitem(doctor.OPTIONAL, "no-such-package", "nothing")
     assert "not installed (nothing): pip install no-such-package" in call(capsys, "doctor")[1]
+
+
+def test_quickstart_end_to_end(capsys, monkeypatch, tmp_path):
+    """All nine runs on a few images for one epoch: files, rows, picture; the numbers themselves mean nothing."""
+    whole = quickstart.data.load
+    monkeypatch.setattr(quickstart.data, "load", lambda name: whole(name, limit=150))
+    code, out, _ = call(capsys, "quickstart", "--out", str(tmp_path / "a" / "b"), "--epochs", "1", "--seed", "3")
+    assert code == 0
+    out_dir = tmp_path / "a" / "b"
+    results = json.loads((out_dir / "results.json").read_text())
+    assert results["setup"]["epochs"] == 1 and results["setup"]["seed"] == 3
+    runs = [(row["method"], row["ratio"]) for row in results["rows"]]
+    assert runs == list(itertools.product(("rni", "l1", "ucs"), (0.5, 0.9)))
+    for row in results["rows"]:
+        dense, pruned = row["dense"], row["pruned"]
+        for key in ("macs", "params"):  # both shrink with the square of the width, the last layer with the width
+            assert pruned[key] < dense[key] * (1 - row["ratio"])
+        assert dense["latency_ms"] > 0 and pruned["latency_ms"] > 0
+        assert 0 <= pruned["acc"] <= 1 and row["acc_best"] >= row["acc_last"]
+    table = (out_dir / "results.md").read_text()
+    assert table in out and table.count("\n") == 8
+    assert len({len(line) for line in table.splitlines()}) == 1  # aligned
+    assert (out_dir / "importances.png").read_bytes()[:4] == b"\x89PNG"
+    assert (out_dir / "l1" / "prune-0.9" / "metrics.jsonl").is_file()
+    assert "points of accuracy: rni loses" in out
+
+
+def test_quickstart_names_missing_packages(capsys, monkeypatch, tmp_path):
+    monkeypatch.setattr(quickstart, "find_spec", lambda module: None)
+    code, _, err = call(capsys, "quickstart", "--out", str(tmp_path / "x"))
+    assert code == 1 and "pip install scikit-learn matplotlib" in err and err.count("\n") == 1
+    assert not (tmp_path / "x").exists()
+
+
+def test_quickstart_into_a_file_says_so(capsys, tmp_path):
+    (tmp_path / "file").write_text("")
+    code, _, err = call(capsys, "quickstart", "--out", str(tmp_path / "file"))
+    assert code == 1 and "file" in err and err.count("\n") == 1
 
 
 def test_module_runs_as_the_command():
