@@ -168,10 +168,14 @@ def test_state_of_the_other_kind_is_refused(strict):
     free, bounded = nn.Sequential(BatchNormAct2d(4)), nn.Sequential(BatchNormAct2d(4, bound="sigmoid"))
     before = bounded[0].weight.clone()
     for source in (free, nn.Sequential(nn.BatchNorm2d(4))):
-        with pytest.raises(RuntimeError, match=r"0: the state is of a norm with scale weight.*convert_batchnorm"):
+        with pytest.raises(
+            RuntimeError, match=r"0: expected the state of a norm with scale sigmoid.*on a model that has"
+        ):
             bounded.load_state_dict(source.state_dict(), strict=strict)
     assert torch.equal(bounded[0].weight, before)
-    with pytest.raises(RuntimeError, match=r"scale sigmoid\(weight\), this one has scale weight"):
+    with pytest.raises(
+        RuntimeError, match=r"scale weight, got one with scale sigmoid\(weight\).*on this model, then load"
+    ):
         free.load_state_dict(bounded.state_dict(), strict=strict)
     buffer = io.BytesIO()  # the mark survives a file, and a dictionary without metadata is taken at its word
     torch.save(bounded.state_dict(), buffer)
@@ -179,6 +183,15 @@ def test_state_of_the_other_kind_is_refused(strict):
     with pytest.raises(RuntimeError, match="scale sigmoid"):
         free.load_state_dict(torch.load(buffer, weights_only=True))
     bounded.load_state_dict(dict(bounded.state_dict()))
+
+
+def test_a_marked_state_brings_its_shift():
+    source, target = (nn.Sequential(BatchNormAct2d(4, bound="sigmoid", bias=b)) for b in (True, False))
+    nn.init.normal_(source[0].bias)
+    with pytest.raises(RuntimeError, match="Unexpected key"):
+        target.load_state_dict(dict(source.state_dict()))
+    target.load_state_dict(source.state_dict())
+    assert isinstance(target[0].bias, nn.Parameter) and torch.equal(target[0].bias, source[0].bias)
 
 
 def test_reset_parameters():

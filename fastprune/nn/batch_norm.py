@@ -20,7 +20,8 @@ class BatchNormAct2d(nn.BatchNorm2d):
     Parameters, buffers and ``state_dict`` keys are those of ``nn.BatchNorm2d``, and unbounded ones load each other's
     state.  A bounded one marks its state in the metadata: loading bounded into unbounded state or the reverse, which
     would silently change the scales, is an error here, also with ``strict=False``.  A dictionary without metadata (a
-    plain ``dict``, safetensors) is taken at its word.
+    plain ``dict``, safetensors) is taken at its word.  A bounded norm without shift takes over the shift of a marked
+    state that has one, so that a converted model can be rebuilt from a fresh one; make the optimizer after loading.
 
     Args:
         num_features, eps, momentum, affine, track_running_stats, device, dtype: As ``nn.BatchNorm2d``.
@@ -132,12 +133,15 @@ class BatchNormAct2d(nn.BatchNorm2d):
     ) -> None:
         bound = local_metadata.get("bound")
         if "version" in local_metadata and bound != self.bound:
+            first = "this model, then load" if bound else "a model that has loaded it"
             error_msgs.append(
-                f"{prefix[:-1] or type(self).__name__}: the state is of a norm with scale {_scale_text(bound)}, this "
-                f"one has scale {_scale_text(self.bound)}; load it into a model of its own kind, then call "
-                "fastprune.nn.convert_batchnorm(model, bound='sigmoid')"
+                f"{prefix[:-1] or type(self).__name__}: expected the state of a norm with scale "
+                f"{_scale_text(self.bound)}, got one with scale {_scale_text(bound)}; call "
+                f"fastprune.nn.convert_batchnorm(model, bound='sigmoid') on {first}"
             )
             return
+        if bound and self.bias is None and prefix + "bias" in state_dict:
+            self.bias = nn.Parameter(torch.zeros_like(self.weight))
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )

@@ -98,11 +98,12 @@ def _swap(model: nn.Module, cls: type[BatchNormAct2d]) -> list[str]:
     """Make all norms of ``model`` instances of ``cls``; the names of those left alone."""
     left = []
     for name, module in model.named_modules():
-        if isinstance(module, BatchNormAct2d):
-            if not isinstance(module, cls):
-                bound = module.bound
-                module.__class__ = cls
-                module.bound = bound  # SigmoidBatchNorm2d has it on the class
+        if isinstance(module, cls):
+            continue
+        if type(module) in (BatchNormAct2d, SigmoidBatchNorm2d):
+            bound = module.bound
+            module.__class__ = cls
+            module.bound = bound  # SigmoidBatchNorm2d has it on the class
         elif _is_plain(module):
             module.__class__ = cls
         elif isinstance(module, nn.BatchNorm2d | nn.SyncBatchNorm | nn.LazyBatchNorm2d):

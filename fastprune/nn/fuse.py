@@ -21,11 +21,13 @@ import operator
 import random
 import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from enum import Enum
 from types import BuiltinFunctionType, CodeType, FunctionType
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
@@ -205,38 +207,45 @@ def _frozen(value: Any) -> bool:
     return isinstance(value, _FROZEN_TYPES) or (isinstance(value, tuple) and all(map(_frozen, value)))
 
 
-class _unchanged:
+@contextmanager
+def _unchanged(module: nn.Module) -> Iterator[None]:
     """Refuse a forward that changed the module or drew random numbers, after taking that back."""
-
-    def __init__(self, module: nn.Module) -> None:
-        self.module = module
-
-    def _state(self) -> list[dict]:
-        own = vars(self.module)
-        return [dict(own), *(dict(own[name]) for name in ("_modules", "_parameters", "_buffers"))]
-
-    def __enter__(self) -> None:
-        self.before, self.rng = self._state(), (torch.get_rng_state(), random.getstate())
-
-    def __exit__(self, *error: Any) -> None:
-        after, rng = self._state(), torch.get_rng_state()
-        same = all(
-            a.keys() == b.keys() and all(a[k] is b[k] for k in a) for a, b in zip(after, self.before, strict=True)
-        )
-        drew = not torch.equal(rng, self.rng[0]) or random.getstate() != self.rng[1]
-        torch.set_rng_state(self.rng[0])
-        random.setstate(self.rng[1])
+    own, inner = vars(module), ("_modules", "_parameters", "_buffers")
+    before, random_state = [dict(own), *(dict(own[name]) for name in inner)], _random_state()
+    try:
+        yield
+    finally:
+        after = [dict(own), *(dict(own[name]) for name in inner)]
+        pairs = list(zip(after, before, strict=True))
+        same = all(a.keys() == b.keys() and all(a[k] is b[k] for k in a) for a, b in pairs)
+        drew = _comparable(*_random_state()) != _comparable(*random_state)
         if not same:
-            own = vars(self.module)
-            own.clear()
-            own.update(self.before[0])
-            for name, entries in zip(("_modules", "_parameters", "_buffers"), self.before[1:], strict=True):
-                own[name].clear()
-                own[name].update(entries)
-        if error[0] is None and not same:
-            raise TraceError("its forward changes the module's own attributes")
-        if error[0] is None and drew:
-            raise TraceError("its forward draws random numbers")
+            for d, entries in zip((own, *(before[0][name] for name in inner)), before, strict=True):
+                d.clear()
+                d.update(entries)
+        if drew:
+            _restore_random_state(*random_state)
+    if not same:
+        raise TraceError("its forward changes the module's own attributes")
+    if drew:
+        raise TraceError("its forward draws random numbers")
+
+
+def _random_state() -> tuple:
+    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
+    return random.getstate(), np.random.get_state(), torch.get_rng_state(), cuda
+
+
+def _comparable(python: tuple, numpy: Any, cpu: Tensor, cuda: list[Tensor]) -> tuple:
+    return python, numpy[1].tobytes(), numpy[2:], [t.numpy().tobytes() for t in (cpu, *cuda)]
+
+
+def _restore_random_state(python: tuple, numpy: Any, cpu: Tensor, cuda: list[Tensor]) -> None:
+    random.setstate(python)
+    np.random.set_state(numpy)
+    torch.set_rng_state(cpu)
+    if cuda:
+        torch.cuda.set_rng_state_all(cuda)
 
 
 # --- folding -----------------------------------------------------------------------------------------------------
@@ -245,7 +254,7 @@ class _unchanged:
 def _tail(module: nn.Module, traces: dict[nn.Module, Trace]) -> fx.Node | bool:
     """Whether ``module`` can add a residual and apply a ReLU itself; the last node of a module that is not a norm."""
     if isinstance(module, BatchNormAct2d):
-        return module.act is None
+        return module.act is None and type(module).forward is BatchNormAct2d.forward
     trace = traces.get(module)
     if trace is not None and trace.tail:
         return True

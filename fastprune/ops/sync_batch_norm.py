@@ -81,11 +81,9 @@ def _moments(x: Tensor, group: dist.ProcessGroup | None) -> tuple[Tensor, Tensor
     C = x.shape[1]
     packet = torch.zeros(2 * C + 1, dtype=torch.float64, device=x.device)
     if x.numel():
-        if x.is_cuda and x.dtype != torch.float64:  # float32 moments of half types without a copy
-            mean, rstd = torch.batch_norm_stats(x, 0.0)
-            var = rstd.double().pow(-2)
-        else:
-            var, mean = torch.var_mean(x if x.dtype == torch.float64 else x.float(), (0, 2, 3), correction=0)
+        # float32 moments of half types: CUDA computes them so, the CPU would round them to x's dtype
+        wide = x if x.is_cuda or x.dtype in (torch.float32, torch.float64) else x.float()
+        mean, var = torch.batch_norm_update_stats(wide, None, None, 0.0)
         packet[:C], packet[C:-1] = mean, var
         packet[-1] = x.numel() // C
     rows = packet.new_empty(dist.get_world_size(group) * (2 * C + 1))
