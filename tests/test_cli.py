@@ -171,7 +171,7 @@ def test_quickstart_end_to_end(capsys, monkeypatch, tmp_path):
     assert len({len(line) for line in table.splitlines()}) == 1  # aligned
     assert (out_dir / "importances.png").read_bytes()[:4] == b"\x89PNG"
     assert (out_dir / "l1" / "prune-0.9" / "metrics.jsonl").is_file()
-    assert "points of accuracy: rni loses" in out
+    assert "before fine-tuning. 50% removed: rni " in out and "; 90% removed: rni " in out
 
 
 def test_quickstart_names_missing_packages(capsys, monkeypatch, tmp_path):
