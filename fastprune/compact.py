@@ -2,19 +2,14 @@
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from fastprune.errors import GraphError
-from fastprune.graph import ChannelGraph, Keep, call, leaves, map_tensors, trace
-
-TOLERANCE = 1e-9  # of the largest output, in float64: a different order of summation stays far below
-Plan = dict[str, dict[int, Tensor]]  # tensor name -> dim -> indices that stay
+from fastprune.graph import ChannelGraph, Keep, trace
+from fastprune.surgery import TOLERANCE, compare, shrink
 
 
 def compact(
@@ -54,15 +49,11 @@ def compact(
     plan = graph.kept(keep)
     if check:
         prove(model, graph, keep, example_inputs)
-    _shrink(model, plan, optimizer)
+    shrink(model, plan, optimizer)
     return model
 
 
-# The proof ----------------------------------------------------------------------------------------------------------
-
-
-@torch.no_grad()
-def prove(model: nn.Module, graph: ChannelGraph, keep: Keep, example_inputs: Any, *, seed: int = 0) -> float:
+def prove(model: nn.Module, graph: ChannelGraph, keep: Keep, example_inputs: Any) -> float:
     """Check that removing channels gives what masking them gives; the model itself is not touched.
 
     Runs ``graph.mask_`` on one float64 copy and the removal on another, in eval mode.  Affine parameters, biases,
@@ -74,189 +65,14 @@ def prove(model: nn.Module, graph: ChannelGraph, keep: Keep, example_inputs: Any
     Raises:
         GraphError: The copies differ by more than rounding, or cannot be made or run.
     """
-    devices = {p.device.index for p in model.parameters() if p.device.type == "cuda"}
-    with torch.random.fork_rng(devices=sorted(devices)):
-        try:
-            masked = copy.deepcopy(model).double().eval()
-            _randomise(masked, seed)
-            shrunk = copy.deepcopy(masked)
-            inputs = map_tensors(lambda t: t.detach().double() if t.is_floating_point() else t.detach(), example_inputs)
-            torch.manual_seed(seed)
-            before = leaves(call(masked, inputs))
-        except Exception as e:
-            raise GraphError(
-                f"compact: the proof needs a deep copy of the model that runs in float64 ({type(e).__name__}: {e}); "
-                "check=False skips it"
-            ) from e
-        if not all(t.isfinite().all() for t in before if t.is_floating_point()):
-            raise GraphError("compact: the model's output is not finite on example_inputs, so the proof says nothing")
-        graph.mask_(masked, keep)
-        plan = graph.kept(keep)
-        _shrink(shrunk, plan, None)
-        torch.manual_seed(seed)
-        expected = leaves(call(masked, inputs))
-        try:
-            torch.manual_seed(seed)
-            got, why = leaves(call(shrunk, inputs)), ""
-        except Exception as e:
-            got, why = [], f": {type(e).__name__}: {e}"
-        worst = _distance(got, expected)
-        if worst <= TOLERANCE:
-            return worst
-        where = _first_difference(masked, shrunk, plan, inputs)
+    plan = graph.kept(keep)
+    try:
+        worst, what = compare(model, plan, lambda copy: graph.mask_(copy, keep), example_inputs)
+    except GraphError as e:
+        raise GraphError(f"compact: {e}; check=False skips the proof") from e
+    if worst > TOLERANCE:
         raise GraphError(
-            f"compact: without the channels, {where} does not compute what it does with them masked"
-            f"{why or f' (relative difference {worst:.1e})'}; nothing was changed.  "
+            f"compact: without the channels, {what}; nothing was changed.  "
             "If its code relies on fixed channel counts, pass graph=trace(..., strict=True) or leave the group whole"
         )
-
-
-def _distance(got: list[Tensor], expected: list[Tensor]) -> float:
-    """Largest difference relative to the largest value; infinity if anything else does not match."""
-    if [t.shape for t in got] != [t.shape for t in expected]:
-        return float("inf")
-    worst = 0.0
-    for a, b in zip(got, expected, strict=True):
-        if b.numel():
-            gap = float((a.double() - b.double()).abs().max())
-            worst = max(worst, gap / max(float(b.double().abs().max()), 1e-300) if gap == gap else float("inf"))
     return worst
-
-
-def _randomise(model: nn.Module, seed: int) -> None:
-    generator = torch.Generator().manual_seed(seed)
-
-    def noise(t: Tensor) -> Tensor:
-        return torch.randn(t.shape, generator=generator, dtype=t.dtype).to(t.device)
-
-    for p in model.parameters():
-        if p.numel() == max(p.shape, default=1):  # scales, biases, layer scales
-            p.add_(0.3 * noise(p))
-        elif not p.any():
-            p.copy_(noise(p) / p[0].numel() ** 0.5)
-    for m in model.modules():
-        mean, var = getattr(m, "running_mean", None), getattr(m, "running_var", None)
-        if isinstance(mean, Tensor) and isinstance(var, Tensor):
-            mean.add_(0.3 * var.sqrt() * noise(mean))
-            var.mul_(1 + 0.5 * noise(var).tanh())
-
-
-def _first_difference(masked: nn.Module, shrunk: nn.Module, plan: Plan, inputs: Any) -> str:
-    """The first layer with weights whose kept channels differ, or, if the shrunk model stopped, where it stopped."""
-    with _recorded(masked) as (expected, _):
-        call(masked, inputs)
-    with _recorded(shrunk) as (got, running):
-        try:
-            call(shrunk, inputs)
-        except Exception:
-            return repr(running[-1]) if running else "the model"
-    for (name, a), (_, b) in zip(got, expected, strict=False):
-        m = masked.get_submodule(name)
-        axis, rows = (b.dim() - 1 if isinstance(m, nn.Linear) else 1), (1 if getattr(m, "transposed", False) else 0)
-        stays = plan.get(f"{name}.weight", {}).get(rows)
-        if _distance([a], [b if stays is None else b.index_select(axis, stays.to(b.device))]) > TOLERANCE:
-            return repr(name)
-    return "the model"
-
-
-@contextmanager
-def _recorded(model: nn.Module) -> Iterator[tuple[list[tuple[str, Tensor]], list[str]]]:
-    """Outputs of the layers with weights in the order they ran, and the stack of modules now running."""
-    outputs: list[tuple[str, Tensor]] = []
-    running: list[str] = []
-
-    def leave(name: str, m: nn.Module, out: Any) -> None:
-        running.pop()
-        layer = isinstance(m, (nn.modules.conv._ConvNd, nn.Linear, nn.modules.batchnorm._NormBase))
-        if layer and isinstance(out, Tensor):
-            outputs.append((name, out.clone()))  # an in-place activation may follow
-
-    hooks = []
-    for name, m in model.named_modules():
-        hooks.append(m.register_forward_pre_hook(lambda m, args, name=name: running.append(name)))
-        hooks.append(m.register_forward_hook(lambda m, args, out, name=name: leave(name, m, out)))
-    try:
-        yield outputs, running
-    finally:
-        for hook in hooks:
-            hook.remove()
-
-
-# The surgery --------------------------------------------------------------------------------------------------------
-
-
-@torch.no_grad()
-def _shrink(model: nn.Module, plan: Plan, optimizer: torch.optim.Optimizer | None) -> None:
-    """Prepare every new tensor, then swap them all in."""
-    tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
-    state: dict[Any, Any] = optimizer.state if optimizer is not None else {}
-    cut = []
-    for name, dims in plan.items():
-        t = tensors[name]
-        grad = None if t.grad is None else _select(t.grad, dims)
-        cut.append((t, _select(t.data, dims), grad, _cut_state(name, t, state[t], dims) if t in state else {}))
-    for t, data, grad, entries in cut:
-        t.grad = None  # a gradient of another shape would refuse the new data
-        # A loss still alive keeps the parameter's gradient accumulator, which remembers the old shape.  PyTorch drops
-        # it when the dtype changes, not when the shape does.
-        t.data = t.data.new_empty(0, dtype=torch.float16 if t.dtype == torch.float64 else torch.float64)
-        t.data = data
-        t.grad = grad
-        if entries:
-            state[t].update(entries)
-    changed = {id(t) for t, *_ in cut}
-    for m in model.modules():
-        if any(id(t) in changed for t in (*m._parameters.values(), *m._buffers.values())):
-            _resize(m)
-
-
-def _select(t: Tensor, dims: dict[int, Tensor]) -> Tensor:
-    """The kept indices of ``t``, with its memory format."""
-    for dim, stays in dims.items():
-        t = _select_one(t, dim, stays.to(t.device))
-    return t
-
-
-def _select_one(t: Tensor, dim: int, stays: Tensor) -> Tensor:
-    layout = sorted(range(t.dim()), key=lambda d: -t.stride(d))  # stable: a contiguous 1x1 kernel stays contiguous
-    shape = [len(stays) if d == dim else n for d, n in enumerate(t.shape)]
-    out = torch.empty_permuted(shape, layout, dtype=t.dtype, device=t.device)
-    return torch.index_select(t, dim, stays, out=out)
-
-
-def _cut_state(name: str, p: Tensor, entries: dict[str, Any], dims: dict[int, Tensor]) -> dict[str, Tensor]:
-    """What an optimizer keeps for one parameter, cut like it.
-
-    Raises:
-        ValueError: An entry is neither a number nor of the parameter's shape (factored or flattened second moments).
-    """
-    new = {}
-    for key, v in entries.items():
-        if isinstance(v, Tensor) and v.shape == p.shape:
-            new[key] = _select(v, dims)
-        elif leaves(v) and not (isinstance(v, Tensor) and v.numel() == 1):
-            raise ValueError(
-                f"compact: expected optimizer state {key!r} of {name} to have the parameter's shape {tuple(p.shape)}, "
-                f"got {[tuple(t.shape) for t in leaves(v)]}; compact without the optimizer and create it anew"
-            )
-    return new
-
-
-def _resize(m: nn.Module) -> None:
-    """Set the size attributes of PyTorch's layers from their tensors."""
-    if isinstance(m, nn.modules.conv._ConvNd):
-        if m.transposed:
-            m.in_channels, m.out_channels = m.weight.shape[:2]
-            return
-        rows, columns = m.weight.shape[:2]
-        if columns == 1 and m.groups > 1:  # depthwise: the graph removes whole groups; otherwise it keeps their number
-            m.groups = rows * m.groups // m.out_channels
-        m.out_channels, m.in_channels = rows, columns * m.groups
-    elif isinstance(m, nn.Linear):
-        m.out_features, m.in_features = m.weight.shape
-    elif isinstance(m, nn.modules.batchnorm._NormBase):
-        m.num_features = len(m.running_mean if m.running_mean is not None else m.weight)
-    elif isinstance(m, nn.GroupNorm):  # only instance norms, one group per channel, are ever cut
-        m.num_channels = m.num_groups = len(m.weight)
-    elif isinstance(m, nn.PReLU):
-        m.num_parameters = len(m.weight)

@@ -21,7 +21,7 @@ import random
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field, is_dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, NamedTuple
 
@@ -30,7 +30,8 @@ import torch
 from torch import Tensor, nn
 
 from fastprune.errors import GraphError, did_you_mean
-from fastprune.labels import Row, Tracer, map_tensors, pointwise, register_rule
+from fastprune.labels import Row, Tracer, pointwise, register_rule
+from fastprune.surgery import TOLERANCE, call, compare, leaves, map_tensors
 
 __all__ = ["ChannelGraph", "Group", "Index", "pointwise", "register_rule", "trace"]
 
@@ -200,28 +201,6 @@ def _named_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
 # Running the model --------------------------------------------------------------------------------------------------
 
 
-def call(model: nn.Module, example_inputs: Any) -> Any:
-    """Run ``model`` on ``example_inputs``: a tensor, a tuple or list of positional, or a dict of keyword arguments."""
-    if isinstance(example_inputs, dict):
-        return model(**example_inputs)
-    if isinstance(example_inputs, (tuple, list)):
-        return model(*example_inputs)
-    return model(example_inputs)
-
-
-def leaves(value: Any) -> list[Tensor]:
-    """All tensors in nested tuples, lists, dicts and dataclasses, in a fixed order."""
-    if isinstance(value, Tensor):
-        return [value]
-    if isinstance(value, Mapping):
-        value = list(value.values())
-    elif is_dataclass(value) and not isinstance(value, type):
-        value = list(vars(value).values())
-    if isinstance(value, (tuple, list)):
-        return [t for v in value for t in leaves(v)]
-    return []
-
-
 @contextmanager
 def undisturbed(model: nn.Module) -> Iterator[None]:
     """Put back training flags, buffers (same objects, bit for bit) and random state of Python, NumPy and PyTorch."""
@@ -250,7 +229,7 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
 # From labels to groups ----------------------------------------------------------------------------------------------
 
 
-def trace(model: nn.Module, example_inputs: Any, *, strict: bool = False) -> ChannelGraph:
+def trace(model: nn.Module, example_inputs: Any, *, strict: bool | None = None) -> ChannelGraph:
     """Find the channel groups of ``model`` by running it once in eval mode and, if it can, once in training mode.
 
     The model is not changed: buffers, training flags and random state are restored, gradients are not touched.
@@ -260,8 +239,10 @@ def trace(model: nn.Module, example_inputs: Any, *, strict: bool = False) -> Cha
     Args:
         model: Any eager module on any device; not the result of ``torch.compile``.
         example_inputs: A tensor, a tuple of positional or a dict of keyword arguments; a batch of 2 small images does.
-        strict: Freeze channel axes that a view or a split takes apart, instead of assuming that the code derives the
-            new sizes from the tensor (``x.chunk(2, 1)``, ``x.view(n, groups, c // groups, h, w)``).
+        strict: True freezes channel axes that a view or a split takes apart; False assumes that the code derives the
+            new sizes from the tensor (``x.chunk(2, 1)``, ``x.view(n, groups, c // groups, h, w)``), as most does.
+            None assumes so too, but where there is such an axis removes half of everything from a float64 copy to see
+            whether it holds, and traces strictly if not.
 
     Returns: The graph; group order is module order of the first producing layer.
 
@@ -276,6 +257,24 @@ def trace(model: nn.Module, example_inputs: Any, *, strict: bool = False) -> Cha
         raise ValueError("trace: expected an eager module, got the result of torch.compile; trace before compiling")
     if any(nn.parameter.is_lazy(p) for p in model.parameters()):
         raise ValueError("trace: the model has lazy parameters; run it once on example_inputs first")
+    tracer, graph, idle = _trace(model, example_inputs, bool(strict))
+    if strict is None and tracer.assumed and not _holds(model, graph, example_inputs):
+        tracer, graph, idle = _trace(model, example_inputs, True)
+    if tracer.unknown:
+        ops = "; ".join(f"{op} {why}" for op, why in tracer.unknown.items())
+        warnings.warn(f"trace: {ops}; the channels that reach it stay unpruned (see register_rule)", stacklevel=2)
+    if idle and graph.train_error:
+        warnings.warn(
+            f"trace: {', '.join(sorted(idle))} never ran, and the forward in training mode failed "
+            f"({graph.train_error}); layers that only run in training may not fit the pruned model: "
+            "give example_inputs that can be trained on",
+            stacklevel=2,
+        )
+    return graph
+
+
+def _trace(model: nn.Module, example_inputs: Any, strict: bool) -> tuple[Tracer, ChannelGraph, set[str]]:
+    """Watch the model once; also returns the modules whose parameters no op has read."""
     tracer = Tracer(strict)
     kernels = {id(m.weight) for m in model.modules() if isinstance(m, nn.modules.conv._ConvNd)}
     with undisturbed(model), torch.no_grad():
@@ -288,17 +287,21 @@ def trace(model: nn.Module, example_inputs: Any, *, strict: bool = False) -> Cha
         finally:
             unread = tracer.finish()
     idle = {name.rpartition(".")[0] for name, _ in model.named_parameters() if name in unread}
-    graph = _assemble(tracer, model, train_error)
-    if tracer.unknown:
-        ops = "; ".join(f"{op} {why}" for op, why in tracer.unknown.items())
-        warnings.warn(f"trace: {ops}; the channels that reach it stay unpruned (see register_rule)", stacklevel=2)
-    if idle and train_error:
-        warnings.warn(
-            f"trace: {', '.join(sorted(idle))} never ran, and the forward in training mode failed ({train_error}); "
-            "layers that only run in training may not fit the pruned model: give example_inputs that can be trained on",
-            stacklevel=2,
-        )
-    return graph
+    return tracer, _assemble(tracer, model, train_error), idle
+
+
+def _holds(model: nn.Module, graph: ChannelGraph, example_inputs: Any) -> bool:
+    """Whether the model without half of each group, taken at random, is the masked model."""
+    generator = torch.Generator().manual_seed(0)
+    keep = {}
+    for name, group in graph.groups.items():
+        stays = torch.randperm(group.size, generator=generator)[: max(1, group.size // 2)]
+        keep[name] = torch.zeros(group.size, dtype=torch.bool).index_fill_(0, stays, True)
+    try:
+        worst, _ = compare(model, graph.kept(keep), lambda copy: graph.mask_(copy, keep), example_inputs)
+    except GraphError:  # nothing can be proved about this model
+        return False
+    return worst <= TOLERANCE
 
 
 def _watch(tracer: Tracer, model: nn.Module, example_inputs: Any) -> str | None:

@@ -17,6 +17,8 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from fastprune.surgery import map_tensors
+
 
 class Row(NamedTuple):
     """The labels ``start .. start + size - 1`` are the indices of dimension ``dim`` of the tensor called ``name``."""
@@ -73,18 +75,6 @@ class Call:
         return self.args[i] if i < len(self.args) else default
 
 
-def map_tensors(fn: Callable[[Tensor], Tensor], value: Any) -> Any:
-    """Rebuild nested tuples, lists and dicts with ``fn`` applied to the tensors."""
-    if isinstance(value, Tensor):
-        return fn(value)
-    if isinstance(value, dict):
-        return {k: map_tensors(fn, v) for k, v in value.items()}
-    if isinstance(value, (tuple, list)):
-        items = [map_tensors(fn, v) for v in value]
-        return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
-    return value
-
-
 @cache
 def _positions(func: Any) -> dict[str, int]:
     return {a.name: i for i, a in enumerate(func._schema.arguments)}
@@ -125,6 +115,7 @@ class Tracer(TorchDispatchMode):
         self.roles: dict[tuple[str, int], None] = {}  # (role, row number), in order of the forward
         self.norm_after: dict[int, int] = {}  # row number of a producer -> row number of the norm's parameter
         self.norm_means: set[int] = set()
+        self.assumed = False  # that some view or split gets its sizes from the tensor
         self.unknown: dict[str, str] = {}  # op -> what is the matter with it
 
     # Setting up
@@ -272,9 +263,10 @@ class Tracer(TorchDispatchMode):
         for d in varying:
             if d != kept:
                 first = full.narrow(d, 0, 1)
-                if self.strict:
-                    self.freeze(full, "a view takes its channel axis apart (strict)")
+                if self.strict and free is None:
+                    self.freeze(full, "a view takes its channel axis apart, by numbers that may be fixed")
                 else:
+                    self.assumed |= free is None
                     self.equal(full, first)
                 full = first
         return kept, full.reshape(-1)
@@ -295,7 +287,7 @@ class Tracer(TorchDispatchMode):
                 setattr(t, ATTRIBUTE, Marks({}, kind))
                 if any(t is given for given in call.ins):  # changed in place, and not made while we watched
                     self.foreign.append(t)
-            elif kind in (DATA, NOISE):  # an in-place op
+            else:  # an in-place op
                 known.kind = kind
         if followed:
             self._apply(rule, call)
@@ -331,13 +323,18 @@ def pointwise(tracer: Tracer, call: Call) -> None:
     """Rule of ops that work index by index on broadcast operands: what meets is tied.  Also for users' own ops."""
     axes = {}
     for d in {a - t.dim() for t in call.ins for a in tracer.axes(t)}:  # counted from the end, as broadcasting does
-        ends = [(t, d) for t in call.ins if t.dim() >= -d and (tracer.kind(t) != NOISE or tracer.axes(t))]
+        ends = [(t, d) for t in call.ins if t.dim() >= -d and not _follows(tracer, t, d)]
         axes[d] = tracer.tie(*ends, why=f"{call.name} joins it with the input or a constant of fixed size")
     for t in call.outs:
         for d, labels in axes.items():
             if t.dim() < -d or t.shape[d] != len(labels):
                 raise ValueError(f"{call.name} returned {tuple(t.shape)}, which its operands do not broadcast to")
         tracer.label(t, {t.dim() + d: labels for d, labels in axes.items()})
+
+
+def _follows(tracer: Tracer, t: Tensor, axis: int) -> bool:
+    """An axis that takes its size from the tensor it meets: expanded from 1, or random numbers."""
+    return t.dim() + axis not in tracer.axes(t) and (t.stride(axis) == 0 or tracer.kind(t) == NOISE)
 
 
 def _copy(tracer: Tracer, call: Call) -> None:
@@ -389,8 +386,9 @@ def _cut(tracer: Tracer, call: Call) -> None:
         sizes = {t.shape[axis] for t in call.outs if t.dim() == x.dim()}
         if call.name == "aten::slice" and sizes == {x.shape[axis]}:
             pieces[axis] = labels
-        elif call.name in _EQUAL_PIECES and len(sizes) == 1 and not tracer.strict:
+        elif call.name == "aten::split" and len(sizes) == 1 and not tracer.strict:
             # chunk(2) of whatever is left gives equal halves only if the halves lose the same channels
+            tracer.assumed = True
             parts = labels.view(len(call.outs), -1)
             tracer.equal(parts, parts[:1])
             pieces[axis] = parts[0]
@@ -400,9 +398,6 @@ def _cut(tracer: Tracer, call: Call) -> None:
     tracer.move(call, lambda labels: call.func(labels, *rest, **call.kwargs), skip=cut)
     for t in call.outs:
         tracer.label(t, tracer.axes(t) | pieces)
-
-
-_EQUAL_PIECES = ("aten::split", "aten::split_with_sizes")
 
 
 def _cut_axes(call: Call) -> set[int]:
@@ -474,7 +469,7 @@ def _convolution(tracer: Tracer, call: Call) -> None:
     for axis, labels in tracer.axes(x).items():
         if axis > 1:
             tracer.freeze(labels, "a convolution slides over it")
-    tracer.label(call.out, {1: out})
+    tracer.label(call.out, {0: tracer.axes(x).get(0), 1: out})
 
 
 def _grouped(tracer: Tracer, x: Tensor, w: Tensor, bias: Tensor | None, groups: int) -> Tensor | None:
@@ -676,6 +671,7 @@ _RULES: dict[str, Rule] = {
         _resample,
         "max_pool2d_with_indices avg_pool1d avg_pool2d avg_pool3d max_pool3d_with_indices adaptive_max_pool2d "
         "_adaptive_avg_pool2d _adaptive_avg_pool3d upsample_nearest2d _upsample_nearest_exact2d upsample_bilinear2d "
+        "upsample_nearest1d upsample_linear1d upsample_nearest3d upsample_trilinear3d "
         "upsample_bicubic2d _upsample_bilinear2d_aa _upsample_bicubic2d_aa reflection_pad2d replication_pad2d "
         "grid_sampler_2d",
     ),

@@ -204,6 +204,14 @@ def masked_weight():
 
 
 @pattern
+def spatial_gate_expanded():
+    def run(m, x):
+        return m.out(x * m.gate(x).sigmoid().expand_as(x))
+
+    return Net(Lambda(run, gate=nn.Conv2d(8, 1, 3, padding=1), out=nn.Conv2d(8, 7, 1)), 7)
+
+
+@pattern
 def zeros_joined_on():
     def run(m, x):
         x = torch.cat([x, torch.zeros(len(x), 2, *x.shape[2:], dtype=x.dtype)], 1)

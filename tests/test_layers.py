@@ -19,7 +19,7 @@ LAYERS = (
     ("backends", "memory"),
     ("ops",),
     ("nn",),
-    ("labels", "graph", "flops", "models"),
+    ("surgery", "labels", "graph", "flops", "models"),
     ("select", "compact"),
     ("methods",),
     ("data", "train"),

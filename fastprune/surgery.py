@@ -1,0 +1,253 @@
+"""Cutting channels out of a model's tensors, and comparing the cut model with the masked one."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import is_dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastprune.errors import GraphError
+
+TOLERANCE = 1e-9  # of the largest output, in float64: a different order of summation stays far below
+Plan = dict[str, dict[int, Tensor]]  # tensor name -> dim -> indices that stay
+
+
+def call(model: nn.Module, example_inputs: Any) -> Any:
+    """Run ``model`` on ``example_inputs``: a tensor, a tuple or list of positional, or a dict of keyword arguments."""
+    if isinstance(example_inputs, dict):
+        return model(**example_inputs)
+    if isinstance(example_inputs, (tuple, list)):
+        return model(*example_inputs)
+    return model(example_inputs)
+
+
+def leaves(value: Any) -> list[Tensor]:
+    """All tensors in nested tuples, lists, dicts and dataclasses, in a fixed order."""
+    if isinstance(value, Tensor):
+        return [value]
+    if isinstance(value, Mapping):
+        value = list(value.values())
+    elif is_dataclass(value) and not isinstance(value, type):
+        value = list(vars(value).values())
+    if isinstance(value, (tuple, list)):
+        return [t for v in value for t in leaves(v)]
+    return []
+
+
+def map_tensors(fn: Callable[[Tensor], Tensor], value: Any) -> Any:
+    """Rebuild nested tuples, lists and dicts with ``fn`` applied to the tensors."""
+    if isinstance(value, Tensor):
+        return fn(value)
+    if isinstance(value, dict):
+        return {k: map_tensors(fn, v) for k, v in value.items()}
+    if isinstance(value, (tuple, list)):
+        items = [map_tensors(fn, v) for v in value]
+        return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
+    return value
+
+
+@torch.no_grad()
+def shrink(model: nn.Module, plan: Plan, optimizer: torch.optim.Optimizer | None) -> None:
+    """Cut a model, and an optimizer's state, down to ``plan``: prepare every new tensor, then swap them all in.
+
+    Raises:
+        ValueError: The optimizer's state has a form that cannot be cut; nothing was changed.
+    """
+    tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    state: dict[Any, Any] = optimizer.state if optimizer is not None else {}
+    cut = []
+    for name, dims in plan.items():
+        t = tensors[name]
+        grad = None if t.grad is None else _select(t.grad, dims)
+        cut.append((t, _select(t.data, dims), grad, _cut_state(name, t, state[t], dims) if t in state else {}))
+    for t, data, grad, entries in cut:
+        t.grad = None  # a gradient of another shape would refuse the new data
+        # A loss still alive keeps the parameter's gradient accumulator, which remembers the old shape.  PyTorch drops
+        # it when the dtype changes, not when the shape does.
+        t.data = t.data.new_empty(0, dtype=torch.float16 if t.dtype == torch.float64 else torch.float64)
+        t.data = data
+        t.grad = grad
+        if entries:
+            state[t].update(entries)
+    changed = {id(t) for t, *_ in cut}
+    for m in model.modules():
+        if any(id(t) in changed for t in (*m._parameters.values(), *m._buffers.values())):
+            _resize(m)
+
+
+def _select(t: Tensor, dims: dict[int, Tensor]) -> Tensor:
+    """The kept indices of ``t``, with its memory format."""
+    for dim, stays in dims.items():
+        t = _select_one(t, dim, stays.to(t.device))
+    return t
+
+
+def _select_one(t: Tensor, dim: int, stays: Tensor) -> Tensor:
+    layout = sorted(range(t.dim()), key=lambda d: -t.stride(d))  # stable: a contiguous 1x1 kernel stays contiguous
+    shape = [len(stays) if d == dim else n for d, n in enumerate(t.shape)]
+    out = torch.empty_permuted(shape, layout, dtype=t.dtype, device=t.device)
+    return torch.index_select(t, dim, stays, out=out)
+
+
+def _cut_state(name: str, p: Tensor, entries: dict[str, Any], dims: dict[int, Tensor]) -> dict[str, Tensor]:
+    """What an optimizer keeps for one parameter, cut like it.
+
+    Raises:
+        ValueError: An entry is neither a number nor of the parameter's shape (factored or flattened second moments).
+    """
+    new = {}
+    for key, v in entries.items():
+        if isinstance(v, Tensor) and v.shape == p.shape:
+            new[key] = _select(v, dims)
+        elif leaves(v) and not (isinstance(v, Tensor) and v.numel() == 1):
+            raise ValueError(
+                f"compact: expected optimizer state {key!r} of {name} to have the parameter's shape {tuple(p.shape)}, "
+                f"got {[tuple(t.shape) for t in leaves(v)]}; compact without the optimizer and create it anew"
+            )
+    return new
+
+
+def _resize(m: nn.Module) -> None:
+    """Set the size attributes of PyTorch's layers from their tensors."""
+    if isinstance(m, nn.modules.conv._ConvNd):
+        if m.transposed:
+            m.in_channels, m.out_channels = m.weight.shape[:2]
+            return
+        rows, columns = m.weight.shape[:2]
+        if columns == 1 and m.groups > 1:  # depthwise: the graph removes whole groups; otherwise it keeps their number
+            m.groups = rows * m.groups // m.out_channels
+        m.out_channels, m.in_channels = rows, columns * m.groups
+    elif isinstance(m, nn.Linear):
+        m.out_features, m.in_features = m.weight.shape
+    elif isinstance(m, nn.modules.batchnorm._NormBase):
+        m.num_features = len(m.running_mean if m.running_mean is not None else m.weight)
+    elif isinstance(m, nn.GroupNorm):  # only instance norms, one group per channel, are ever cut
+        m.num_channels = m.num_groups = len(m.weight)
+    elif isinstance(m, nn.PReLU):
+        m.num_parameters = len(m.weight)
+
+
+@torch.no_grad()
+def compare(
+    model: nn.Module, plan: Plan, mask: Callable[[nn.Module], None], example_inputs: Any, *, seed: int = 0
+) -> tuple[float, str]:
+    """Mask one float64 copy of a model, shrink another, and run both in eval mode.
+
+    Args:
+        model: Not touched.
+        plan: What the shrunk copy keeps.
+        mask: Zeroes in a copy what ``plan`` removes.
+        example_inputs: A tensor, a tuple of positional or a dict of keyword arguments.
+        seed: Of the numbers that affine parameters, biases, running statistics and all-zero weights are stirred with.
+
+    Returns: Largest difference of any output over the largest output, infinite if the shrunk copy does not run, and,
+        where it is more than rounding, what is wrong: the first layer whose output differs.
+
+    Raises:
+        GraphError: No copy can be made, it does not run in float64, or its output is not finite.
+    """
+    devices = {p.device.index for p in model.parameters() if p.device.type == "cuda"}
+    with torch.random.fork_rng(devices=sorted(devices)):
+        try:
+            masked = copy.deepcopy(model).double().eval()
+            _randomise(masked, seed)
+            shrunk = copy.deepcopy(masked)
+            inputs = map_tensors(lambda t: t.detach().double() if t.is_floating_point() else t.detach(), example_inputs)
+            mask(masked)
+            torch.manual_seed(seed)
+            expected = leaves(call(masked, inputs))
+        except Exception as e:
+            raise GraphError(
+                f"the proof needs a deep copy of the model that runs in float64 ({type(e).__name__}: {e})"
+            ) from e
+        if not all(t.isfinite().all() for t in expected if t.is_floating_point()):
+            raise GraphError("the model's output is not finite on example_inputs, so a proof would say nothing")
+        shrink(shrunk, plan, None)
+        try:
+            torch.manual_seed(seed)
+            got, why = leaves(call(shrunk, inputs)), ""
+        except Exception as e:
+            got, why = [], f": {type(e).__name__}: {e}"
+        worst = _distance(got, expected)
+        if worst <= TOLERANCE:
+            return worst, ""
+        where = _first_difference(masked, shrunk, plan, inputs)
+        return worst, (
+            f"{where} does not compute what it does with them masked{why or f' (relative difference {worst:.1e})'}"
+        )
+
+
+def _distance(got: list[Tensor], expected: list[Tensor]) -> float:
+    """Largest difference relative to the largest value; infinity if anything else does not match."""
+    if [t.shape for t in got] != [t.shape for t in expected]:
+        return float("inf")
+    worst = 0.0
+    for a, b in zip(got, expected, strict=True):
+        if b.numel():
+            gap = float((a.double() - b.double()).abs().max())
+            worst = max(worst, gap / max(float(b.double().abs().max()), 1e-300) if gap == gap else float("inf"))
+    return worst
+
+
+def _randomise(model: nn.Module, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+
+    def noise(t: Tensor) -> Tensor:
+        return torch.randn(t.shape, generator=generator, dtype=t.dtype).to(t.device)
+
+    for p in model.parameters():
+        if p.numel() == max(p.shape, default=1):  # scales, biases, layer scales
+            p.add_(0.3 * noise(p))
+        elif not p.any():
+            p.copy_(noise(p) / p[0].numel() ** 0.5)
+    for m in model.modules():
+        mean, var = getattr(m, "running_mean", None), getattr(m, "running_var", None)
+        if isinstance(mean, Tensor) and isinstance(var, Tensor):
+            mean.add_(0.3 * var.sqrt() * noise(mean))
+            var.mul_(1 + 0.5 * noise(var).tanh())
+
+
+def _first_difference(masked: nn.Module, shrunk: nn.Module, plan: Plan, inputs: Any) -> str:
+    """The first layer with weights whose kept channels differ, or, if the shrunk model stopped, where it stopped."""
+    with _recorded(masked) as (expected, _):
+        call(masked, inputs)
+    with _recorded(shrunk) as (got, running):
+        try:
+            call(shrunk, inputs)
+        except Exception:
+            return repr(running[-1]) if running else "the model"
+    for (name, a), (_, b) in zip(got, expected, strict=False):
+        m = masked.get_submodule(name)
+        axis, rows = (b.dim() - 1 if isinstance(m, nn.Linear) else 1), (1 if getattr(m, "transposed", False) else 0)
+        stays = plan.get(f"{name}.weight", {}).get(rows)
+        if _distance([a], [b if stays is None else b.index_select(axis, stays.to(b.device))]) > TOLERANCE:
+            return repr(name)
+    return "the model"
+
+
+@contextmanager
+def _recorded(model: nn.Module) -> Iterator[tuple[list[tuple[str, Tensor]], list[str]]]:
+    """Outputs of the layers with weights in the order they ran, and the stack of modules now running."""
+    outputs: list[tuple[str, Tensor]] = []
+    running: list[str] = []
+
+    def leave(name: str, m: nn.Module, out: Any) -> None:
+        running.pop()
+        layer = isinstance(m, (nn.modules.conv._ConvNd, nn.Linear, nn.modules.batchnorm._NormBase))
+        if layer and isinstance(out, Tensor):
+            outputs.append((name, out.clone()))  # an in-place activation may follow
+
+    hooks = []
+    for name, m in model.named_modules():
+        hooks.append(m.register_forward_pre_hook(lambda m, args, name=name: running.append(name)))
+        hooks.append(m.register_forward_hook(lambda m, args, out, name=name: leave(name, m, out)))
+    try:
+        yield outputs, running
+    finally:
+        for hook in hooks:
+            hook.remove()
