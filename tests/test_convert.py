@@ -311,6 +311,7 @@ def autocast_inside(self, x):
 
 UNTRACEABLE = {
     "mode": (lambda s, x: F.relu(s.bn(x)) if s.training else s.bn(x), "control flow"),
+    "mode of a child": (lambda s, x: F.relu(s.bn(x)) if s.conv.training else s.bn(x), "control flow"),
     "value": (lambda s, x: F.relu(s.bn(x)) if x.sum() > 0 else s.bn(x), "control flow"),
     "random": (lambda s, x: F.relu(s.bn(x)) if torch.rand(1) < 0.5 else s.bn(x), "draws random numbers"),
     "python's random": (lambda s, x: F.relu(s.bn(x)) * random.random(), "draws random numbers"),
@@ -380,12 +381,15 @@ def test_arguments_with_defaults_and_isinstance():
 
 
 @pytest.mark.parametrize(
-    "change", ["attribute", "relu", "relu in _modules", "append", "insert", "hook", "relu hook", "act"]
+    "change",
+    ["attribute", "attribute of a child", "relu", "relu in _modules", "append", "insert", "hook", "relu hook", "act"],
 )
 def test_later_changes_to_the_model_take_effect(change):
     model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 4, 1))
     if change == "attribute":
         model = forward_of(lambda s, x: F.relu(s.bn(x)) * s.factor, factor=2.0)
+    elif change == "attribute of a child":
+        model = forward_of(lambda s, x: F.relu(s.bn(x)) * s.conv.stride[0])
     ours, seen, x = convert_batchnorm(copy.deepcopy(model)), {}, torch.randn(2, 3, 4, 4)
     assert folds(ours) == {"norm+relu": 1}
     for m in (model, ours):
@@ -395,6 +399,8 @@ def test_later_changes_to_the_model_take_effect(change):
 
         if change == "attribute":
             m.factor = 3.0
+        elif change == "attribute of a child":
+            m.conv.stride = (2, 2)
         elif change == "relu":
             m[2] = nn.Tanh()
         elif change == "relu in _modules":

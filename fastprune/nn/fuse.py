@@ -51,7 +51,7 @@ class Trace:
 
     module: nn.Module
     graph: fx.Graph
-    attributes: tuple[tuple[str, Any], ...]  # plain attributes that were read, with their values
+    attributes: tuple[tuple[tuple[str, ...], str, Any], ...]  # plain attributes that were read: path, name, value
     kinds: tuple[type | None, ...]  # per argument: the type it was taken for, None where nobody asked
     modules: dict[str, nn.Module]  # call_module targets
     folds: list[tuple[str, ...]] = field(default_factory=list)  # ("bn2", "add", "relu")
@@ -176,31 +176,48 @@ def _trace(module: nn.Module, lists: set[int]) -> Trace:
     required = [p for p in parameters if p.default is p.empty and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
     if any(p.kind is p.KEYWORD_ONLY for p in required):
         raise TraceError("its forward has a keyword-only argument without default")
-    tracer, read = _Tracer(lists), {}
-    plain = vars(nn.Module())
-
-    class Probe(cls):
-        def __getattribute__(self, name):
-            value = super().__getattribute__(name)
-            if name == "training":  # stays a read of self.training in the new forward; deciding on it is refused
-                return tracer.create_proxy("get_attr", "training", (), {})
-            if name not in plain and name in super().__getattribute__("__dict__"):
-                read.setdefault(name, value)
-            return value
-
     names = ", ".join(f"x{i}" for i in range(len(required)))
     scope = {"forward": cls.forward}
     exec(f"def traced(self, {names}): return forward(self, {names})", scope)
-    Probe.forward = scope["traced"]
+    tracer, read = _Tracer(lists), {}
     with _unchanged(module):
-        module.__class__ = Probe
+        module.__class__ = type(cls.__name__, (cls,), {"forward": scope["traced"]})
         try:
-            graph = tracer.trace(module)
+            with _watched(tracer, read):
+                graph = tracer.trace(module)
         finally:
             module.__class__ = cls
-    attributes = tuple((name, value) for name, value in read.items() if _frozen(value))
+    attributes = tuple((path, name, value) for (path, name), value in read.items() if _frozen(value))
     kinds = tuple(tracer.asked.get(i) for i in range(len(required)))
     return Trace(module, graph, attributes, kinds, dict(module.named_modules(remove_duplicate=False)))
+
+
+@contextmanager
+def _watched(tracer: _Tracer, read: dict[tuple[tuple[str, ...], str], Any]) -> Iterator[None]:
+    """Note which plain attributes of the module and its children forward reads; ``training`` stays a live read."""
+    internal = vars(nn.Module()).keys() - {"training"}
+
+    def get(module, name):
+        value = object.__getattribute__(module, name)
+        if name in internal or name not in object.__getattribute__(module, "__dict__"):
+            return value
+        path = (tracer.submodule_paths or {}).get(module)
+        if path is None:  # not part of the traced module
+            return value
+        if name == "training":  # a value to pass on; deciding on it is refused
+            return tracer.create_proxy("get_attr", f"{path}.training" if path else "training", (), {})
+        read.setdefault((_split(path), name), value)
+        return value
+
+    nn.Module.__getattribute__ = get
+    try:
+        yield
+    finally:
+        del nn.Module.__getattribute__
+
+
+def _split(path: str) -> tuple[str, ...]:
+    return tuple(path.split(".")) if path else ()
 
 
 def _frozen(value: Any) -> bool:
@@ -381,7 +398,7 @@ class Plan:
 
     source: str
     environment: tuple[tuple[str, Any], ...]
-    attributes: tuple[tuple[str, Any], ...]
+    attributes: tuple[tuple[tuple[str, ...], str, Any], ...]
     kinds: tuple[type | None, ...]
     structure: tuple[tuple[tuple[str, ...], tuple[str, ...]], ...]  # path of a container, names of its children
     norms: tuple[tuple[str, ...], ...]  # paths
@@ -396,7 +413,7 @@ def _plan(trace: Trace) -> Plan:
     environment = tuple((k, v) for k, v in code.globals.items() if k in names and k not in _ENVIRONMENT)
 
     def paths(targets):
-        return tuple(tuple(target.split(".")) for target in sorted(targets))
+        return tuple(_split(target) for target in sorted(targets))
 
     return Plan(
         code.src,
@@ -431,15 +448,16 @@ def _at(module: nn.Module, path: tuple[str, ...]) -> nn.Module | None:
 
 def _holds(module: nn.Module, plan: Plan, args: tuple) -> bool:
     """Whether everything the trace relied on is still so."""
-    own = module.__dict__
-    for name, value in plan.attributes:
-        if own.get(name, _MISSING) != value:
+    for path, name, value in plan.attributes:
+        owner = _at(module, path)
+        if owner is None or owner.__dict__.get(name, _MISSING) != value:
             return False
     for value, kind in zip(args, plan.kinds, strict=True):
         if kind is not None and type(value) is not kind:
             return False
     for path, names in plan.structure:
-        if tuple(_at(module, path)._modules) != names:
+        owner = _at(module, path)
+        if owner is None or tuple(owner._modules) != names:
             return False
     for path in plan.relus:
         relu = _at(module, path)
