@@ -91,6 +91,12 @@ def _normalise(x, mean, scale, bias):
 
 
 @triton.jit
+def _rstd(var, eps):
+    """1 / sqrt(var + eps), float32; in float64 it would call a subroutine, and spill around it."""
+    return tl.div_rn(1.0, tl.sqrt_rn((var + eps).to(tl.float32)))
+
+
+@triton.jit
 def _sum_ns(a):
     return tl.sum(tl.sum(a, axis=2), axis=0)
 
@@ -101,11 +107,12 @@ def _sum_ns(a):
 @triton.jit
 def _moments(
     x_ptr, n_first, n_last, c, s, size,  # planes n_first .. n_last of channels c (BLOCK_C,), elements s .. s + size
+    inverse,
     N, C, S, numel,
     VEC: tl.constexpr, CHANNELS_LAST: tl.constexpr, PEEL: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr,
 ):  # fmt: skip
-    """Count, mean and sum of squared deviations of a chunk, float64, (), (BLOCK_C,), (BLOCK_C,)."""
+    """Mean and sum of squared deviations of a chunk, (BLOCK_C,) float64; inverse is 1 / its elements per channel."""
     steps = tl.arange(0, BLOCK_S)[None, None, :]
     base, first, last, read, exists = _planes(n_first, n_last, c, s, size, C, S, numel, VEC, CHANNELS_LAST, BLOCK_N)
     offset, readable, live = _tile(base, first, last, read, exists, steps, C, VEC, CHANNELS_LAST, PEEL)
@@ -124,20 +131,19 @@ def _moments(
             d = tl.where(live, x - shift, 0.0)
             sums += d
             squares += d * d
-    count = ((n_last - n_first) * size).to(tl.float64)
     total = _sum_ns(sums).to(tl.float64)
-    mean = k.to(tl.float64) + total / count
-    m2 = _sum_ns(squares).to(tl.float64) - total * total / count
-    return count, mean, tl.where(m2 < 0.0, 0.0, m2)  # where keeps nan, maximum may drop it
+    mean = k.to(tl.float64) + total * inverse
+    m2 = _sum_ns(squares).to(tl.float64) - total * total * inverse
+    return mean, tl.where(m2 < 0.0, 0.0, m2)  # where keeps nan, maximum may drop it
 
 
 @triton.jit
 def _finish_stats(
-    c, live, count, mean, m2, stats_ptr, running_mean_ptr, running_var_ptr, tracked_ptr, momentum, eps, C,
+    c, live, mean, var, unbiased, stats_ptr, running_mean_ptr, running_var_ptr, tracked_ptr, momentum, eps, C,
     CUMULATIVE: tl.constexpr,
 ):  # fmt: skip
     """Writes stats and updates the running statistics; returns mean and rstd in float32."""
-    rstd = (1.0 / tl.sqrt(m2 / count + eps)).to(tl.float32)
+    rstd = _rstd(var, eps)
     tl.store(stats_ptr + c, mean.to(tl.float32), mask=live)
     tl.store(stats_ptr + C + c, rstd, mask=live)
     factor = momentum
@@ -149,7 +155,7 @@ def _finish_stats(
         tl.store(running_mean_ptr + c, new, mask=live)
     if running_var_ptr is not None:
         old = tl.load(running_var_ptr + c, mask=live, other=0.0).to(tl.float32)
-        new = (1.0 - factor) * old + factor * (m2 / (count - 1.0)).to(tl.float32)
+        new = (1.0 - factor) * old + factor * (var * unbiased).to(tl.float32)
         tl.store(running_var_ptr + c, new, mask=live)
     return mean.to(tl.float32), rstd
 
@@ -169,8 +175,25 @@ def _sums_kernel(
     s = tl.program_id(2) * CHUNK_S
     n_last = tl.minimum(n_first + CHUNK_N, N)
     size = tl.minimum(CHUNK_S, S - s)
-    count, mean, m2 = _moments(
-        x_ptr, n_first, n_last, c, s, size, N, C, S, numel, VEC, CHANNELS_LAST, PEEL, BLOCK_N, BLOCK_C, BLOCK_S
+    count = ((n_last - n_first) * size).to(tl.float64)
+    mean, m2 = _moments(
+        x_ptr,
+        n_first,
+        n_last,
+        c,
+        s,
+        size,
+        1.0 / count,
+        N,
+        C,
+        S,
+        numel,
+        VEC,
+        CHANNELS_LAST,
+        PEEL,
+        BLOCK_N,
+        BLOCK_C,
+        BLOCK_S,
     )
     p = tl.program_id(1) * tl.num_programs(2) + tl.program_id(2)
     stride = tl.num_programs(1) * tl.num_programs(2) * C
@@ -190,22 +213,19 @@ def _finalise_kernel(
     stats_ptr,                           # (2, C) float32
     running_mean_ptr, running_var_ptr,   # (C,) or None
     tracked_ptr,                         # int64 () or None, already counted up
-    P, C, momentum, eps: tl.float64,
+    P, C, momentum, eps: tl.float64, inverse: tl.float64, unbiased: tl.float64,  # 1 / m, m / (m - 1), m = N * H * W
     CUMULATIVE: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """Chan's formula over P partials; reads 24 bytes each, twice."""
     c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
     inside = (c < C)[None, :]
-    counts = tl.zeros((BLOCK_P, BLOCK_C), dtype=tl.float64)
     sums = tl.zeros((BLOCK_P, BLOCK_C), dtype=tl.float64)
     for start in range(0, P, BLOCK_P):
         p = (start + tl.arange(0, BLOCK_P))[:, None]
         at = partials_ptr + p * C + c[None, :]
         count = tl.load(at, mask=inside & (p < P), other=0.0)
-        counts += count
         sums += tl.where(count > 0.0, count * tl.load(at + P * C, mask=inside & (p < P), other=0.0), 0.0)
-    total = tl.where(c < C, tl.sum(counts, axis=0), 2.0)  # lanes past C divide by it, and by it less 1
-    mean = tl.sum(sums, axis=0) / total
+    mean = tl.sum(sums, axis=0) * inverse
     squares = tl.zeros((BLOCK_P, BLOCK_C), dtype=tl.float64)
     for start in range(0, P, BLOCK_P):
         p = (start + tl.arange(0, BLOCK_P))[:, None]
@@ -215,8 +235,8 @@ def _finalise_kernel(
         m2 = tl.load(at + 2 * P * C, mask=inside & (p < P), other=0.0)
         squares += tl.where(count > 0.0, m2 + count * d * d, 0.0)
     _finish_stats(
-        c, c < C, total, mean, tl.sum(squares, axis=0), stats_ptr, running_mean_ptr, running_var_ptr, tracked_ptr,
-        momentum, eps, C, CUMULATIVE,
+        c, c < C, mean, tl.sum(squares, axis=0) * inverse, unbiased, stats_ptr, running_mean_ptr, running_var_ptr,
+        tracked_ptr, momentum, eps, C, CUMULATIVE,
     )  # fmt: skip
 
 
@@ -241,7 +261,7 @@ def _apply_kernel(
     if running_mean_ptr is not None:
         mean = tl.load(running_mean_ptr + c, mask=inside, other=0.0).to(tl.float32)
         var = tl.load(running_var_ptr + c, mask=inside, other=1.0).to(tl.float64)
-        rstd = (1.0 / tl.sqrt(var + eps)).to(tl.float32)
+        rstd = _rstd(var, eps)
         once = inside & (k < C * S) & (k % S == 0) & (chunk == 0)
         tl.store(stats_ptr + c, mean, mask=once)
         tl.store(stats_ptr + C + c, rstd, mask=once)
@@ -269,7 +289,7 @@ def _fused_kernel(
     weight_ptr, bias_ptr, running_mean_ptr, running_var_ptr,  # (C,) or None
     tracked_ptr,                 # int64 () or None
     stats_ptr,                   # (2, C) float32
-    N, C, S, numel, CHUNK_N, CHUNK_S, momentum, eps: tl.float64,
+    N, C, S, numel, CHUNK_N, CHUNK_S, momentum, eps: tl.float64, inverse: tl.float64, unbiased: tl.float64,
     SIGMOID: tl.constexpr, RELU: tl.constexpr,
     VEC: tl.constexpr, CHANNELS_LAST: tl.constexpr, PEEL: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr,
@@ -278,12 +298,13 @@ def _fused_kernel(
     c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
     n_last = tl.program_id(1) + CHUNK_N  # one chunk; program_id keeps the launcher's 1s from being constants here
     size = tl.program_id(2) + CHUNK_S
-    count, mean64, m2 = _moments(
-        x_ptr, 0, n_last, c, 0, size, N, C, S, numel, VEC, CHANNELS_LAST, PEEL, BLOCK_N, BLOCK_C, BLOCK_S
+    mean64, m2 = _moments(
+        x_ptr, 0, n_last, c, 0, size, inverse, N, C, S, numel, VEC, CHANNELS_LAST, PEEL, BLOCK_N, BLOCK_C, BLOCK_S
     )
     mean, rstd = _finish_stats(
-        c, c < C, count, mean64, m2, stats_ptr, running_mean_ptr, running_var_ptr, tracked_ptr, momentum, eps, C, False
-    )
+        c, c < C, mean64, m2 * inverse, unbiased, stats_ptr, running_mean_ptr, running_var_ptr, tracked_ptr,
+        momentum, eps, C, False,
+    )  # fmt: skip
     if tracked_ptr is not None:
         if tl.program_id(0) == 0:
             tl.store(tracked_ptr, tl.load(tracked_ptr) + 1)
@@ -377,10 +398,10 @@ def _finish_sums(
 
 
 @triton.jit
-def _project(dz, dot, rstd, count):
+def _project(dz, dot, rstd, inverse):
     """The two coefficients of dx in training: sum(dz) / m and rstd^2 * sum(dz * (x - mean)) / m, float32."""
     rstd = rstd.to(tl.float64)
-    return (dz / count).to(tl.float32), (dot * rstd * rstd / count).to(tl.float32)
+    return (dz * inverse).to(tl.float32), (dot * rstd * rstd * inverse).to(tl.float32)
 
 
 @triton.jit
@@ -424,7 +445,7 @@ def _bwd_finalise_kernel(
     weight_ptr, stats_ptr,    # (C,) or None, (2, C) float32
     dweight_ptr, dbias_ptr,   # (C,) or None
     projection_ptr,           # (2, C) float32, what apply subtracts
-    P, C, count: tl.float64,
+    P, C, inverse: tl.float64,  # 1 / (N * H * W)
     SIGMOID: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """Reads 8 bytes per partial."""
@@ -440,7 +461,7 @@ def _bwd_finalise_kernel(
     dz, dot = tl.sum(sum_dz, axis=0), tl.sum(sum_dot, axis=0)
     rstd = tl.load(stats_ptr + C + c, mask=c < C, other=0.0)
     _finish_sums(c, c < C, dz, dot, rstd, weight_ptr, dweight_ptr, dbias_ptr, SIGMOID)
-    mean_dz, slope = _project(dz, dot, rstd, count)
+    mean_dz, slope = _project(dz, dot, rstd, inverse)
     tl.store(projection_ptr + c, mean_dz, mask=c < C)
     tl.store(projection_ptr + C + c, slope, mask=c < C)
 
@@ -485,7 +506,7 @@ def _bwd_fused_kernel(
     dy_ptr, x_ptr, y_ptr, dx_ptr, dresidual_ptr,  # N * C * S elements, either layout; y, dx, dresidual may be None
     weight_ptr, bias_ptr, stats_ptr,              # (C,) or None, (C,) or None, (2, C) float32
     dweight_ptr, dbias_ptr, gate_ptr,             # (C,) or None, (C,) or None, (N, C) float32 or None
-    N, C, S, numel, CHUNK_N, CHUNK_S,
+    N, C, S, numel, CHUNK_N, CHUNK_S, inverse: tl.float64,  # 1 / (N * H * W)
     TRAINING: tl.constexpr, SIGMOID: tl.constexpr, RELU: tl.constexpr,
     VEC: tl.constexpr, CHANNELS_LAST: tl.constexpr, PEEL: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr,
@@ -504,7 +525,7 @@ def _bwd_fused_kernel(
     dz, dot = dz.to(tl.float64), dot.to(tl.float64)
     _finish_sums(c, c < C, dz, dot, rstd, weight_ptr, dweight_ptr, dbias_ptr, SIGMOID)
     if dx_ptr is not None:
-        mean_dz, slope = _project(dz, dot, rstd, (n_last * size).to(tl.float64))
+        mean_dz, slope = _project(dz, dot, rstd, inverse)
         mean, s, b = mean[None, :, None], (scale * rstd)[None, :, None], bias[None, :, None]
         steps = tl.arange(0, BLOCK_S)[None, None, :]
         for n_start in range(0, n_last, BLOCK_N):
@@ -526,7 +547,7 @@ def _bwd_fused_kernel(
 
 PROGRAMS = 1024  # fills 132 multiprocessors; a constant, so that the order of a sum does not depend on the device
 FUSED_ELEMENTS = 32768  # at most so many per program of the one-launch kernels
-TILE, WIDE_TILE = 2048, 4096  # elements of a tile: 16 per thread of 4 | 8 warps
+TILE, WIDE_TILE = 2048, 4096  # elements of a tile in the sums | fused and apply kernels
 
 
 def _pow2(n: int) -> int:
@@ -553,15 +574,16 @@ def sums_config(N: int, C: int, S: int, channels_last: bool, itemsize: int, fuse
         peel = S % vec != 0
         reach = S + vec - 1 if peel else S
         # the block with the least padding, and of equals the largest
-        block_s = min((b for b in (2048, 1024, 512, 256, 128, 64) if b <= _pow2(reach)), default=_pow2(reach),
-                      key=lambda b: triton.cdiv(reach, b) * b)  # fmt: skip
+        top = min(_pow2(reach), tile)
+        block_s = min((b for b in (2048, 1024, 512, 256, 128, 64, top) if b <= top), key=lambda b: -(-reach // b) * b)
         # neighbouring small planes share cache lines
-        block_c = min(_pow2(C), max(1, 4096 // _pow2(N * S) if fused else 512 // block_s))
+        block_c = min(_pow2(C), max(1, tile // _pow2(N * S) if fused else tile // 4 // block_s))
     block_n = min(_pow2(N), tile // (block_c * block_s))
     return {
         "VEC": vec, "CHANNELS_LAST": channels_last, "PEEL": peel,
         "BLOCK_N": block_n, "BLOCK_C": block_c, "BLOCK_S": block_s,
-        "num_warps": max(1, min(16, block_n * block_c * block_s // 512)),
+        # more elements per thread than that, and the two loops of the fused backward spill
+        "num_warps": max(1, min(16, block_n * block_c * block_s // (256 if fused else 512))),
     }  # fmt: skip
 
 
@@ -581,7 +603,7 @@ def finalise_config(P: int, C: int) -> dict[str, int]:
 
 
 def apply_config(rows: int, cols: int, itemsize: int, repeat: bool) -> dict[str, int]:
-    block_k = min(_pow2(cols), 512)
+    block_k = min(_pow2(cols), 512, WIDE_TILE)
     block_r = min(_pow2(rows), WIDE_TILE // block_k)
     return {
         "REPEAT": repeat, "VEC": _vector(itemsize, cols), "BLOCK_R": block_r, "BLOCK_K": block_k,
@@ -665,6 +687,8 @@ def batch_norm_act(
     size = x.element_size()
     cumulative = momentum is None and num_batches_tracked is not None
     momentum = 0.0 if momentum is None else momentum
+    m = N * S
+    divisors = (1 / m, m / (m - 1) if m > 1 else float("nan"))  # of the mean and variance; nan is PyTorch's answer too
     with torch.cuda.device_of(x):
         grid, sizes, cfg = _matrix(N, C, S, channels_last, size)
         if not training:
@@ -678,7 +702,7 @@ def batch_norm_act(
             grid, sizes, cfg = fused
             _fused_kernel[grid](
                 x, residual, y, weight, bias, running_mean, running_var, num_batches_tracked, stats, *sizes,
-                momentum, eps, sigmoid, relu, **cfg,
+                momentum, eps, *divisors, sigmoid, relu, **cfg,
             )  # fmt: skip
             return y, stats, mask
         part_grid, part_sizes, part_cfg, repeat = _split(N, C, S, channels_last, size, False)
@@ -687,7 +711,18 @@ def batch_norm_act(
         _sums_kernel[part_grid](x, num_batches_tracked, partials, *part_sizes, **part_cfg)
         final = finalise_config(P, C)
         _finalise_kernel[(triton.cdiv(C, final["BLOCK_C"]),)](
-            partials, stats, running_mean, running_var, num_batches_tracked, P, C, momentum, eps, cumulative, **final
+            partials,
+            stats,
+            running_mean,
+            running_var,
+            num_batches_tracked,
+            P,
+            C,
+            momentum,
+            eps,
+            *divisors,
+            cumulative,
+            **final,
         )
         _apply_kernel[grid](x, residual, y, weight, bias, stats, None, None, *sizes, eps, sigmoid, relu, **cfg)
     return y, stats, mask
@@ -725,7 +760,7 @@ def batch_norm_act_backward(
             grid, sizes, cfg = fused
             _bwd_fused_kernel[grid](
                 dy, x, y, dx if need_dx else None, dz, weight, bias, stats, dweight_or_none, dbias_or_none, gate_grad,
-                *sizes, training, sigmoid, relu, **cfg,
+                *sizes, 1 / (N * S), training, sigmoid, relu, **cfg,
             )  # fmt: skip
             return dx, dweight, dbias, dresidual
         grid, sizes, cfg, repeat = _split(N, C, S, channels_last, size, per_sample)
@@ -738,7 +773,7 @@ def batch_norm_act_backward(
         _bwd_sums_kernel[grid](dy, x, y, weight, bias, stats, dz, gate, partials, *sizes, sigmoid, relu, repeat, **cfg)
         final = finalise_config(P, C)
         _bwd_finalise_kernel[(triton.cdiv(C, final["BLOCK_C"]),)](
-            partials, weight, stats, dweight_or_none, dbias_or_none, projection, P, C, float(N * S), sigmoid, **final
+            partials, weight, stats, dweight_or_none, dbias_or_none, projection, P, C, 1 / (N * S), sigmoid, **final
         )
         if gate is not gate_grad:
             torch.sum(gate, (0, 2), out=gate_grad)
@@ -763,7 +798,8 @@ def aot(dtype: str) -> list[tuple]:
     x, param, f64 = f"*{dtype}:16", "*fp32:16", "*fp64:16"
     ints = ("N", "C", "S", "R", "K", "P", "numel", "CHUNK_N", "CHUNK_S", "CHUNK_R")
     args = {
-        **dict.fromkeys(ints, "i32"), "momentum": "fp32", "eps": "fp64", "count": "fp64", "tracked_ptr": "*i64:16",
+        **dict.fromkeys(ints, "i32"), **dict.fromkeys(("eps", "inverse", "unbiased"), "fp64"),
+        "momentum": "fp32", "tracked_ptr": "*i64:16",
         **dict.fromkeys(("x_ptr", "y_ptr", "residual_ptr", "dy_ptr", "dx_ptr", "dresidual_ptr"), x),
         **dict.fromkeys(("weight_ptr", "bias_ptr", "dweight_ptr", "dbias_ptr", "stats_ptr", "projection_ptr"), param),
         **dict.fromkeys(("running_mean_ptr", "running_var_ptr", "gate_ptr"), param),
