@@ -51,9 +51,18 @@ def check(variant, shape, dtype, layout, backend):
 EVERY_DTYPE = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
+VARIANTS = every_variant()
+
+
+def taken(dtype, layout, variant, backend):
+    """All there is; the interpreter, slow, takes half types for every fourth variant."""
+    if backend == "triton" and dtype != torch.float32 and VARIANTS.index(variant) % 4 != (layout == "nhwc"):
+        return False
+    return dtype in DTYPES[backend]
+
+
 @pytest.mark.parametrize(
-    "dtype, layout, variant, backend",
-    params(EVERY_DTYPE, LAYOUTS, every_variant(), BACKENDS, keep=lambda d, _, __, b: d in DTYPES[b]),
+    "dtype, layout, variant, backend", params(EVERY_DTYPE, LAYOUTS, VARIANTS, BACKENDS, keep=taken)
 )
 def test_every_branch(dtype, layout, variant, backend):
     check(variant, (3, 19, 5, 7), dtype, layout, backend)
