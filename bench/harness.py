@@ -39,12 +39,17 @@ Samples = dict[str, list[float]]  # implementation to microseconds per call, one
 # ---- time
 
 
-def cpu_clock(call: Call, n: int) -> float:
+def wall_clock(call: Call, n: int, now: Callable[[], float] = time.perf_counter) -> float:
     """Microseconds per call over ``n`` calls."""
-    start = time.perf_counter()
+    start = now()
     for _ in range(n):
         call()
-    return (time.perf_counter() - start) * 1e6 / n
+    return (now() - start) * 1e6 / n
+
+
+def process_clock(call: Call, n: int) -> float:
+    """CPU microseconds of this process per call, user and system: what others run on the same core is not counted."""
+    return wall_clock(call, n, time.process_time)
 
 
 class CudaClock:
@@ -65,8 +70,15 @@ class CudaClock:
         return sum(start.elapsed_time(end) for start, end in events) * 1e3 / n
 
 
-def clock_for(device: str) -> Callable[[Call, int], float]:
-    return CudaClock() if device == "cuda" else cpu_clock
+def clock_for(args: argparse.Namespace) -> Callable[[Call, int], float]:
+    if args.device == "cuda":
+        return CudaClock()
+    return process_clock if args.cpu_time else wall_clock
+
+
+def setting(args: argparse.Namespace, allocator: str) -> dict[str, Any]:
+    """The part of a case that all cases of a run share; CPU time never replaces wall time in a table."""
+    return {"threads": args.threads, "allocator": allocator} | ({"clock": "process"} if args.cpu_time else {})
 
 
 def interleave(
@@ -75,7 +87,7 @@ def interleave(
     rounds: int = 9,
     sample_s: float = 0.01,
     seed: int = 0,
-    clock: Callable[[Call, int], float] = cpu_clock,
+    clock: Callable[[Call, int], float] = wall_clock,
 ) -> Samples:
     """Time implementations against each other.
 
@@ -270,6 +282,7 @@ def arguments(description: str, tests: Sequence[str]) -> argparse.ArgumentParser
     p.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     p.add_argument("--threads", type=int, default=1, help="of PyTorch on the CPU")
     p.add_argument("--rounds", type=int, default=9, help=f"samples per implementation, at least {MIN_ROUNDS}")
+    p.add_argument("--cpu-time", action="store_true", help="count CPU time, for a busy machine; one thread only")
     p.add_argument("--no-gate", action="store_true", help="time without testing first; rows are marked unverified")
     p.add_argument("--no-write", action="store_true", help="print only, append nothing to the results")
     p.add_argument("--out", type=Path, default=None, help="folder of results; default bench/results/<device>")
@@ -283,6 +296,8 @@ def start(args: argparse.Namespace) -> None:
         raise SystemExit(f"bench: expected at least {MIN_ROUNDS} rounds, got {args.rounds}")
     if args.device == "cuda" and not torch.cuda.is_available():
         raise SystemExit("bench: no CUDA device here; use --device cpu")
+    if args.cpu_time and (args.device == "cuda" or args.threads != 1):
+        raise SystemExit("bench: --cpu-time is for the CPU and one thread; it would add up the time of all threads")
     if not args.no_gate:
         check(args.tests, device=args.device)
     torch.set_num_threads(args.threads)

@@ -47,10 +47,20 @@ def test_interleaving_goes_round_all_in_a_shuffled_order():
         harness.interleave(calls, rounds=6, clock=clock)
 
 
-def test_the_cpu_clock_counts_every_call():
-    calls = []
-    us = harness.cpu_clock(lambda: calls.append(1), 1000)
-    assert len(calls) == 1000 and us > 0
+@pytest.mark.parametrize("clock", [harness.wall_clock, harness.process_clock])
+def test_the_clocks_divide_by_the_calls(clock):
+    ticks, calls = iter([10.0, 10.5]), []
+    assert clock(lambda: calls.append(1), 1000) > 0 and len(calls) == 1000
+    assert harness.wall_clock(lambda: None, 1000, lambda: next(ticks)) == 500.0
+    option = ["--cpu-time"] if clock is harness.process_clock else []
+    assert harness.clock_for(harness.arguments("", []).parse_args(option)) is clock
+
+
+def test_cpu_time_is_for_one_thread_and_has_rows_of_its_own():
+    args = harness.arguments("", []).parse_args(["--cpu-time", "--threads", "2", "--no-gate"])
+    with pytest.raises(SystemExit, match="one thread"):
+        harness.start(args)
+    assert harness.setting(args, "tuned") == {"threads": 2, "allocator": "tuned", "clock": "process"}
 
 
 def test_rows_carry_traffic_and_ratios():

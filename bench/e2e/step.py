@@ -130,9 +130,9 @@ def resident_elsewhere(args: argparse.Namespace, net: str, impl: str, tuned: boo
 def bench(args: argparse.Namespace, net: str, allocator: str) -> list[dict]:
     model, x, target = setup(net, args.batch, args.device)
     steps = {impl: make_step(impl, model, x, target) for impl in IMPLS}
-    clock = harness.clock_for(args.device)
+    clock = harness.clock_for(args)
     samples = harness.interleave(steps, rounds=args.rounds, sample_s=0.0, clock=clock)
-    case = {"net": net, "batch": args.batch, "threads": args.threads, "allocator": allocator}
+    case = {"net": net, "batch": args.batch} | harness.setting(args, allocator)
     over = {impl: ["eager"] for impl in IMPLS[1:]}
     rows = harness.rows_of("step", case, samples, over)
     for row in rows:

@@ -136,7 +136,7 @@ def run(args: argparse.Namespace, allocator: str) -> Iterator[dict]:
     if args.compile:
         over[OURS] = [EAGER, COMPILED]
     cases = [(s, d, la, w) for s in args.shapes for d in args.dtypes for la in args.layouts for w in args.what]
-    clock = harness.clock_for(args.device)
+    clock = harness.clock_for(args)
     for shape, dtype, layout, what in cases:
         x = torch.randn(shape, device=args.device).to(DTYPES[dtype], memory_format=LAYOUTS[layout])
         calls = contestants(what, x, args.backend, args.compile)
@@ -144,7 +144,7 @@ def run(args: argparse.Namespace, allocator: str) -> Iterator[dict]:
             samples = harness.interleave(calls, rounds=args.rounds, sample_s=args.sample_ms / 1e3, clock=clock)
         traffic = {name: (2 if name == "copy" else TRAFFIC[what]) * x.numel() * x.itemsize for name in calls}
         case = {"what": what, "shape": "x".join(map(str, shape)), "dtype": dtype, "layout": layout}
-        case |= {"threads": args.threads, "allocator": allocator}
+        case |= harness.setting(args, allocator)
         rows = harness.rows_of("batch_norm_act", case, samples, over, traffic)
         harness.finish(args, "batch_norm_act", rows)
         for row in rows:
