@@ -357,7 +357,7 @@ def _assemble(tracer: Tracer, model: nn.Module, train_error: str | None) -> Chan
     for label, reason in (tracer.reasons | tracer.constants).items():
         why.setdefault(int(root[label]), reason)
 
-    bundles = []  # (rows touched, producing rows among them by module order, roots in the order of the first producer)
+    bundles = []  # (sort key, rows touched, producing rows by module order, roots in the order of the first producer)
     for touched, roots in _by_signature(rows, root, np.fromiter(why, int, len(why))):
         makers = sorted(having["producer"].intersection(touched), key=place.__getitem__)
         if not makers:

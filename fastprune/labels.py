@@ -379,23 +379,20 @@ def _channel_shuffle(tracer: Tracer, call: Call) -> None:
 def _cut(tracer: Tracer, call: Call) -> None:
     """slice, select, split, unbind, roll, index: exact along other axes; along channels only equal pieces survive."""
     x = call.ins[0]
-    cut = _cut_axes(call)
     pieces = {}
-    for axis in cut & tracer.axes(x).keys():
+    for axis in _cut_axes(call) & tracer.axes(x).keys():
         labels = tracer.axes(x)[axis]
         sizes = {t.shape[axis] for t in call.outs if t.dim() == x.dim()}
-        if call.name == "aten::slice" and sizes == {x.shape[axis]}:
-            pieces[axis] = labels
-        elif call.name == "aten::split" and len(sizes) == 1 and not tracer.strict:
+        if call.name == "aten::split" and len(sizes) == 1 and not tracer.strict:
             # chunk(2) of whatever is left gives equal halves only if the halves lose the same channels
             tracer.assumed = True
             parts = labels.view(len(call.outs), -1)
             tracer.equal(parts, parts[:1])
             pieces[axis] = parts[0]
-        else:
+        elif call.name != "aten::slice" or sizes != {x.shape[axis]}:
             tracer.freeze(labels, f"{call.name} takes fixed positions out of its channels")
     rest = map_tensors(Tensor.cpu, call.args[1:])  # indices, for the labels are on the CPU
-    tracer.move(call, lambda labels: call.func(labels, *rest, **call.kwargs), skip=cut)
+    tracer.move(call, lambda labels: call.func(labels, *rest, **call.kwargs), skip=pieces.keys())
     for t in call.outs:
         tracer.label(t, tracer.axes(t) | pieces)
 

@@ -119,7 +119,7 @@ def _resize(m: nn.Module) -> None:
             m.in_channels, m.out_channels = m.weight.shape[:2]
             return
         rows, columns = m.weight.shape[:2]
-        if columns == 1 and m.groups > 1:  # depthwise: the graph removes whole groups; otherwise it keeps their number
+        if m.groups == m.in_channels > 1:  # depthwise: the graph removes whole groups; otherwise it keeps their number
             m.groups = rows * m.groups // m.out_channels
         m.out_channels, m.in_channels = rows, columns * m.groups
     elif isinstance(m, nn.Linear):

@@ -145,6 +145,11 @@ def grouped():
 
 
 @pattern
+def grouped_down_to_one_channel_each():
+    return Net(nn.Sequential(conv_bn(8, 6, 1), conv_bn(6, 6, groups=3), conv_bn(6, 7, 1)), 7)
+
+
+@pattern
 def squeeze_excite():
     m = Lambda(_squeeze_excite, down=nn.Conv2d(8, 4, 1), up=nn.Conv2d(4, 8, 1), out=nn.Conv2d(8, 7, 1))
     return Net(m, 7)
