@@ -579,12 +579,15 @@ def sums_config(N: int, C: int, S: int, channels_last: bool, itemsize: int, fuse
         # neighbouring small planes share cache lines
         block_c = min(_pow2(C), max(1, tile // _pow2(N * S) if fused else tile // 4 // block_s))
     block_n = min(_pow2(N), tile // (block_c * block_s))
-    return {
+    elements = block_n * block_c * block_s
+    cfg = {
         "VEC": vec, "CHANNELS_LAST": channels_last, "PEEL": peel,
         "BLOCK_N": block_n, "BLOCK_C": block_c, "BLOCK_S": block_s,
-        # more elements per thread than that, and the two loops of the fused backward spill
-        "num_warps": max(1, min(16, block_n * block_c * block_s // (256 if fused else 512))),
+        "num_warps": max(1, min(16, elements // (256 if fused else 512))),
     }  # fmt: skip
+    if fused and torch.version.hip is None:
+        cfg["maxnreg"] = 128  # all that 16 warps can have; left alone, ptxas spills a few to fit one more block
+    return cfg
 
 
 def chunks(N: int, C: int, S: int, cfg: dict[str, int]) -> tuple[tuple[int, int, int], int, int]:

@@ -1,0 +1,103 @@
+"""Triton kernels compiled for GPUs that are not here: they compile, fit their registers, and load 16 bytes at a time.
+
+scripts/aot_check.py does the work, in a process of its own: the interpreter of the other tests excludes the compiler.
+It covers every type and architecture when run by hand or by CI; here a few take turns, so that the test takes a minute.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+
+SCRIPT = Path(__file__).parent.parent / "scripts" / "aot_check.py"
+if not find_spec("triton"):
+    pytest.skip("triton is not installed", allow_module_level=True)
+
+
+def aot_check(*args: str) -> subprocess.CompletedProcess:
+    env = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    return subprocess.run([sys.executable, SCRIPT, *args], env=env, capture_output=True, text=True, timeout=550)
+
+
+@pytest.mark.parametrize(
+    "args",
+    [
+        ("--arch", "sm_90", "--dtype", "bf16"),
+        ("--arch", "sm_80", "--dtype", "fp32", "--kernel", "fused"),
+        ("--arch", "sm_80,gfx942", "--dtype", "fp64,fp16", "--kernel", "scale_penalty"),
+        ("--arch", "gfx942", "--dtype", "bf16", "--kernel", "finalise"),
+    ],
+    ids=" ".join,
+)
+def test_kernels_compile_without_spills_and_with_wide_loads(args):
+    done = aot_check(*args, "--json")
+    assert done.stderr.endswith("compiled, 0 failed\n"), done.stdout + done.stderr
+    rows = json.loads(done.stdout)
+    assert done.returncode == 0 and rows
+    for row in rows:
+        assert row["verdict"] == "ok" and row["spills"] == 0 and row["registers"] > 0, row
+    if args == ("--arch", "sm_90", "--dtype", "bf16"):
+        names = {row["kernel"] for row in rows}
+        assert {"batch_norm_act.sums_kernel", "batch_norm_act.bwd_apply_kernel", "scale_penalty.block_kernel"} <= names
+        planes = [row for row in rows if "7x7" in row["variant"]]  # planes of 49 elements lie off the vectors
+        assert len(planes) >= 8 and all(row["loads"]["16"] and "2" not in row["loads"] for row in planes)
+
+
+@pytest.fixture
+def bad_kernels(tmp_path):
+    """A checkout whose only kernels are one that loads element by element and one that spills."""
+    (tmp_path / "scripts").mkdir()
+    (tmp_path / "kernels").mkdir()
+    (tmp_path / "kernels" / "__init__.py").touch()
+    (tmp_path / "scripts" / "aot_check.py").write_text(SCRIPT.read_text())
+    (tmp_path / "kernels" / "bad.py").write_text(
+        """
+import triton
+import triton.language as tl
+
+@triton.jit
+def _narrow_kernel(x_ptr, y_ptr, n, B: tl.constexpr):
+    i = tl.arange(0, B)
+    tl.store(y_ptr + i, tl.load(x_ptr + i * n).to(tl.float32))
+
+@triton.jit
+def _spilling_kernel(x_ptr, y_ptr, n, B: tl.constexpr):
+    i = tl.arange(0, B)
+    x = tl.load(x_ptr + i).to(tl.float32)
+    tl.store(y_ptr + i, x - tl.sum(x, axis=0))
+
+AOT_DTYPES = ("bf16",)
+
+def aot(dtype):
+    args = {"x_ptr": f"*{dtype}:16", "y_ptr": "*fp32:16", "n": "i32"}
+    wide = {"B": 1024, "num_warps": 4}
+    return [
+        ("", _narrow_kernel, args, wide, True),
+        ("", _spilling_kernel, args, {"B": 4096, "num_warps": 1, "maxnreg": 32}, False),
+    ]
+"""
+    )
+    return tmp_path
+
+
+def test_the_check_fails_on_narrow_loads_and_on_spills(bad_kernels):
+    env = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    done = subprocess.run(
+        [sys.executable, bad_kernels / "scripts" / "aot_check.py", "--arch", "sm_90"],
+        env=env, capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    assert done.returncode == 1 and done.stderr.endswith("2 compiled, 2 failed\n"), done.stdout + done.stderr
+    assert "FAIL: no 16-byte loads" in done.stdout and "FAIL: spills" in done.stdout
+
+
+def test_the_check_refuses_the_interpreter():
+    done = subprocess.run(
+        [sys.executable, SCRIPT], env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True
+    )
+    assert done.returncode == 2 and "unset TRITON_INTERPRET" in done.stderr
