@@ -100,7 +100,7 @@ def _scores(model: nn.Module, digits: data.ImageSet) -> Tensor:
     return torch.cat(list(methods.create(name, model, _batch(digits)).scores().values()))
 
 
-def _latency_ms(models: dict[Any, nn.Module], x: Tensor, rounds: int = 31) -> dict[Any, float]:
+def _latency_ms(models: dict[Any, nn.Module], x: Tensor, rounds: int = 101) -> dict[Any, float]:
     """Median milliseconds of a forward in eval mode.  The models take turns, so that a busy moment hits them alike."""
     times: dict[Any, list[float]] = {key: [] for key in models}
     with torch.no_grad():
