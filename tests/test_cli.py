@@ -117,31 +117,38 @@ def test_doctor(capsys):
     assert f"fastprune {fastprune.__version__}" in out
     for name, line in backends.report().items():
         assert name in out and line in out
-    checked = out.partition("self-check")[2]
-    assert "WRONG" not in checked and "FAILED" not in checked and "eager" in checked
-    assert ("cpp " in checked) == bool(backends.build_info())
+    checked = dict(line.split(None, 1) for line in out.partition("self-check")[2].splitlines()[1:])
+    assert "eager" in checked and ("cpp" in checked) == bool(backends.build_info())
+    for name, text in checked.items():
+        assert "WRONG" not in text and "batch_norm_act ok" in text
+        assert "scale_penalty ok" in text or name == "cpp"
+
+
+def test_doctor_checks_every_op():
+    assert set(doctor.CHECKS) == set(backends.PREFERENCE)
 
 
 def test_doctor_notices_a_wrong_kernel(capsys, monkeypatch):
-    truth = doctor._results
-    monkeypatch.setattr(doctor, "_results", lambda x, name: [t + (name == "cpp") * 1e-4 for t in truth(x, name)])
+    truth = doctor.CHECKS["batch_norm_act"]
+    wrong = lambda inputs, name: [t + (name == "cpp") * 1e-4 for t in truth(inputs, name)]  # noqa: E731
+    monkeypatch.setitem(doctor.CHECKS, "batch_norm_act", wrong)
     monkeypatch.setattr(doctor, "_usable", lambda name: name == "cpp")
     code, out, _ = call(capsys, "doctor")
-    assert code == 1 and "WRONG: largest error 1.0e-04" in out and "cpp does not do what it should" in out
-
-
-def test_doctor_notices_a_library_that_lacks_an_op(monkeypatch, capsys):
-    def refuse(name):
-        raise fastprune.BackendError("scale_penalty: it has no kernel of this op")
-
-    monkeypatch.setattr(doctor, "self_check", refuse)
-    code, out, _ = call(capsys, "doctor")
-    assert code == 1 and "FAILED: scale_penalty: it has no kernel of this op" in out
+    assert code == 1 and "batch_norm_act WRONG (1.0e-04)" in out and "cpp computes wrong results" in out
 
 
 def test_doctor_notices_nan(monkeypatch, capsys):
-    monkeypatch.setattr(doctor, "self_check", lambda name: float("nan"))
+    monkeypatch.setattr(doctor, "self_check", lambda op, name: float("nan"))
     assert call(capsys, "doctor")[0] == 1
+
+
+def test_doctor_says_what_a_backend_lacks(monkeypatch, capsys):
+    def refuse(op, name):
+        raise fastprune.BackendError("scale_penalty: backend 'cpp' cannot take it: it has no kernel of this op")
+
+    monkeypatch.setattr(doctor, "self_check", refuse)
+    code, out, _ = call(capsys, "doctor")
+    assert code == 0 and "scale_penalty not there (it has no kernel of this op)" in out
 
 
 def test_doctor_names_the_command_for_a_missing_package(capsys, monkeypatch):
