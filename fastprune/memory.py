@@ -115,14 +115,14 @@ def report() -> dict[str, str]:
     if hasattr(libc, "gnu_get_libc_version"):
         libc.gnu_get_libc_version.restype = ctypes.c_char_p
         lines["C library"] = f"glibc {libc.gnu_get_libc_version().decode()}, malloc of {_malloc_owner(libc)}"
-    lines["transparent huge pages"] = f"{_thp()} (kernel), {_huge_mb()} MB in use by this process"
+    lines["transparent huge pages"] = f"{_thp()} (kernel), {_kb('smaps_rollup', 'AnonHugePages') >> 10} MB in use"
     names = ("GLIBC_TUNABLES", "THP_MEM_ALLOC_ENABLE", *(n for n in os.environ if n.startswith("MALLOC_")))
     settings = " ".join(f"{name}={os.environ[name]}" for name in names if name in os.environ)
     lines["environment"] = (settings or "no malloc settings") + "; glibc.malloc.hugetlb works only from the start"
     import resource  # not on Windows
 
-    usage = resource.getrusage(resource.RUSAGE_SELF)
-    lines["so far"] = f"{usage.ru_minflt} page faults, peak {usage.ru_maxrss >> 10} MB resident"
+    faults = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    lines["so far"] = f"{faults} page faults, peak {_kb('status', 'VmHWM') >> 10} MB resident"
     return lines
 
 
@@ -183,9 +183,10 @@ def _thp() -> str:
     return _read(_THP).partition("[")[2].partition("]")[0] or "unknown"
 
 
-def _huge_mb() -> int:
-    rows = _read(Path("/proc/self/smaps_rollup")).splitlines()
-    return sum(int(row.split()[1]) for row in rows if row.startswith("AnonHugePages")) >> 10
+def _kb(file: str, name: str) -> int:
+    """A number of /proc/self/``file``, kB; 0 if it is not there."""
+    rows = _read(Path("/proc/self", file)).splitlines()
+    return next((int(row.split()[1]) for row in rows if row.startswith(f"{name}:")), 0)
 
 
 def _read(path: Path) -> str:

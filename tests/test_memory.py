@@ -5,6 +5,7 @@ It changes the whole process, so each test has a process of its own; most load t
 
 import ctypes
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -120,11 +121,15 @@ for lines in (off, on):
     assert all(isinstance(k, str) and isinstance(v, str) and v for k, v in lines.items())
     print(lines["tuning"], lines["C library"], lines["environment"], sep="|")
 print(on["large blocks"], on["heap"], sep="|")
+print(on["so far"])
+print(on["transparent huge pages"])
 """)
-    off, on, actions = out.splitlines()
+    off, on, actions, so_far, huge = out.splitlines()
     assert off.startswith("off; fastprune.tune_cpu_memory() turns it on|glibc 2.") and "libc" in off
     assert on.startswith("on|")
     assert "M_MMAP_MAX 0" in actions and "MB of address space" in actions
+    assert re.fullmatch(r"[1-9]\d* page faults, peak [1-9]\d* MB resident", so_far)
+    assert re.fullmatch(r"(always|madvise|never|unknown) \(kernel\), \d+ MB in use", huge)
 
 
 @needs_glibc

@@ -23,6 +23,7 @@ import argparse
 import copy
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -106,15 +107,18 @@ def setup(net: str, batch: int, device: str) -> tuple[nn.Module, torch.Tensor, t
 
 def resident(net: str, impl: str, batch: int, tuned: bool) -> float:
     """Peak resident memory over three steps above what was resident before, MB; once per process."""
-    import resource
-
     if tuned:
         harness.tune()
     step = make_step(impl, *setup(net, batch, "cpu"))
-    before = int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+    before = status_mb("VmRSS")
     for _ in range(3):
         step()
-    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before) / MB
+    return status_mb("VmHWM") - before
+
+
+def status_mb(name: str) -> float:
+    """A row of /proc/self/status; getrusage's ru_maxrss would start from the parent's size at the fork."""
+    return int(re.search(rf"^{name}:\s*(\d+) kB", Path("/proc/self/status").read_text(), re.MULTILINE)[1]) / 1024
 
 
 def resident_elsewhere(args: argparse.Namespace, net: str, impl: str, tuned: bool) -> float:
