@@ -550,6 +550,9 @@ FUSED_ELEMENTS = 32768  # at most so many per program of the one-launch kernels
 TILE, WIDE_TILE = 2048, 4096  # elements of a tile in the sums | fused and apply kernels
 
 
+LANES = 64 if torch.version.hip else 32  # threads of a warp
+
+
 def _pow2(n: int) -> int:
     return triton.next_power_of_2(max(n, 1))
 
@@ -560,6 +563,10 @@ def _vector(itemsize: int, n: int) -> int:
     while n % vec:
         vec //= 2
     return vec
+
+
+def _num_warps(threads: int) -> int:
+    return max(1, min(512, threads) // LANES)
 
 
 def sums_config(N: int, C: int, S: int, channels_last: bool, itemsize: int, fused: bool = False) -> dict[str, int]:
@@ -573,9 +580,11 @@ def sums_config(N: int, C: int, S: int, channels_last: bool, itemsize: int, fuse
         vec = _vector(itemsize, N * C * S)
         peel = S % vec != 0
         reach = S + vec - 1 if peel else S
-        # the block with the least padding, and of equals the largest
+        # the largest block with little padding, but not so small that few samples cannot fill a tile
         top = min(_pow2(reach), tile)
-        block_s = min((b for b in (2048, 1024, 512, 256, 128, 64, top) if b <= top), key=lambda b: -(-reach // b) * b)
+        blocks = [b for b in (2048, 1024, 512, 256, 128, 64, top) if min(top, tile // _pow2(4 * N)) <= b <= top]
+        padded = {b: triton.cdiv(reach, b) * b for b in blocks}
+        block_s = next((b for b in blocks if padded[b] <= 1.125 * reach), min(blocks, key=padded.__getitem__))
         # neighbouring small planes share cache lines
         block_c = min(_pow2(C), max(1, tile // _pow2(N * S) if fused else tile // 4 // block_s))
     block_n = min(_pow2(N), tile // (block_c * block_s))
@@ -583,7 +592,7 @@ def sums_config(N: int, C: int, S: int, channels_last: bool, itemsize: int, fuse
     cfg = {
         "VEC": vec, "CHANNELS_LAST": channels_last, "PEEL": peel,
         "BLOCK_N": block_n, "BLOCK_C": block_c, "BLOCK_S": block_s,
-        "num_warps": max(1, min(16, elements // (256 if fused else 512))),
+        "num_warps": _num_warps(elements // (8 if fused else 16)),
     }  # fmt: skip
     if fused and torch.version.hip is None:
         cfg["maxnreg"] = 128  # all that 16 warps can have; left alone, ptxas spills a few to fit one more block
@@ -602,7 +611,7 @@ def chunks(N: int, C: int, S: int, cfg: dict[str, int]) -> tuple[tuple[int, int,
 
 
 def finalise_config(P: int, C: int) -> dict[str, int]:
-    return {"BLOCK_P": min(_pow2(P), 128), "BLOCK_C": min(_pow2(C), 8), "num_warps": 4}
+    return {"BLOCK_P": min(_pow2(P), 128), "BLOCK_C": min(_pow2(C), 8), "num_warps": _num_warps(128)}
 
 
 def apply_config(rows: int, cols: int, itemsize: int, repeat: bool) -> dict[str, int]:
@@ -610,7 +619,7 @@ def apply_config(rows: int, cols: int, itemsize: int, repeat: bool) -> dict[str,
     block_r = min(_pow2(rows), WIDE_TILE // block_k)
     return {
         "REPEAT": repeat, "VEC": _vector(itemsize, cols), "BLOCK_R": block_r, "BLOCK_K": block_k,
-        "num_warps": max(1, min(4, block_r * block_k // 512)),
+        "num_warps": _num_warps(min(128, block_r * block_k // 16)),
     }  # fmt: skip
 
 

@@ -64,7 +64,7 @@ def _total_kernel(partials_ptr, value_ptr, blocks, BLOCK: tl.constexpr):
 
 
 def config() -> dict[str, int]:
-    return {"BLOCK": 512, "num_warps": 4}
+    return {"BLOCK": 512, "num_warps": 2 if torch.version.hip else 4}
 
 
 def _terms(dtype: torch.dtype) -> int:

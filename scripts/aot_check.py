@@ -51,6 +51,8 @@ def compile_kernel(kernel: triton.JITFunction, args: dict, config: dict, target:
         else:
             signature[name], constants[name] = "constexpr", known[name]
     options = {key: value for key, value in config.items() if key not in kernel.arg_names}
+    # The launchers choose threads; the configurations here were made where a warp has 32.
+    options["num_warps"] = max(1, options["num_warps"] * 32 // target.warp_size)
     return triton.compile(ASTSource(kernel, signature, constants, attrs), target=target, options=options)
 
 

@@ -31,7 +31,7 @@ def aot_check(*args: str) -> subprocess.CompletedProcess:
         ("--arch", "sm_90", "--dtype", "bf16"),
         ("--arch", "sm_80", "--dtype", "fp32", "--kernel", "fused"),
         ("--arch", "sm_80,gfx942", "--dtype", "fp64,fp16", "--kernel", "scale_penalty"),
-        ("--arch", "gfx942", "--dtype", "bf16", "--kernel", "finalise"),
+        ("--arch", "gfx942", "--dtype", "bf16", "--kernel", "fused"),
     ],
     ids=" ".join,
 )
