@@ -103,7 +103,8 @@ def _fake(backend: str, scales: list[Tensor], kind: str, shift: float) -> tuple[
     return scales[0].new_empty((), dtype=acc), scales[0].new_empty(sum(w.numel() for w in scales), dtype=acc)
 
 
-_DTYPES = {"cpp": (torch.float32,), "triton": (torch.float32, torch.bfloat16, torch.float16, torch.float64), "cuda": ()}
+_FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+_DTYPES = {"cpp": _FLOATS, "triton": _FLOATS, "cuda": ()}
 
 
 def _refuse(backend: str, *scales: Tensor) -> str | None:
