@@ -68,6 +68,16 @@ def test_every_branch(dtype, layout, variant, backend):
     check(variant, (3, 19, 5, 7), dtype, layout, backend)
 
 
+@pytest.fixture
+def few_programs(monkeypatch):
+    """Triton's geometry for the interpreter, which pays per program; tests/test_triton_kernels.py has the real one."""
+    if "triton" in BACKENDS and backends.INTERPRET:
+        from fastprune.kernels import batch_norm_act as kernels
+
+        for name, value in {"PROGRAMS": 8, "TILE": 16384, "WIDE_TILE": 16384}.items():
+            monkeypatch.setattr(kernels, name, value)
+
+
 SIDES = {1: (1, 1), 49: (7, 7), 1024: (32, 32), 3136: (56, 56)}
 SHAPES = [(n, c, *SIDES[s]) for n in (0, 1, 2, 37) for c in (1, 3, 16, 37, 64, 257) for s in SIDES]
 TURNS = [
@@ -88,7 +98,7 @@ LARGEST = {"eager": 1_000_000, "cpp": 10_000_000, "triton": 300_000}  # elements
 @pytest.mark.parametrize(
     "shape, layout, backend", params(SHAPES, LAYOUTS, BACKENDS, keep=lambda s, _, b: numel(s) <= LARGEST[b])
 )
-def test_every_shape(shape, layout, backend):
+def test_every_shape(shape, layout, backend, few_programs):
     """Every shape in both layouts; dtypes and variants take turns on big ones, so that the whole stays in minutes."""
     turn = SHAPES.index(shape) + (layout == "nhwc")
     dtypes = [d for d in DTYPES[backend] if d in (torch.float32, torch.bfloat16)]

@@ -291,6 +291,8 @@ def _refuse(backend, x, weight, bias, residual, running_mean, running_var, track
         return f"it takes {', '.join(str(d)[6:] for d in _DTYPES[backend])}"
     if not (x.is_contiguous() or x.is_contiguous(memory_format=torch.channels_last)):
         return f"it needs an NCHW or channels_last tensor without gaps, got {tuple(x.shape)} with strides {x.stride()}"
+    if backend == "triton" and max(x.shape[:2]) * x.shape[2] * x.shape[3] > 2**30:
+        return f"it takes at most 2^30 values per channel or sample, got {tuple(x.shape)}"
     if residual is not None and not _same_layout(residual, x):
         return f"residual must have the strides of x, {x.stride()}, got {residual.stride()}"
     if not all(t is None or t.is_contiguous() for t in (weight, bias, running_mean, running_var)):
