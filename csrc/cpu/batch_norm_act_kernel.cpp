@@ -18,14 +18,12 @@ namespace fastprune {
 namespace FP_ISA {
 namespace {
 
-constexpr int64_t kRun = 512, kSegment = 4096;       // elements of a plane that one float sum, and a sum of sums, take
-constexpr int64_t kFlushRows = 128;           // the same for rows
-constexpr int64_t kRowBlockBytes = 8 << 10;   // rows worked through together while parameters stay in registers
-constexpr int64_t kSlabBytes = 384 << 10;     // slab of channels that stays in L2 between reduction and map
-constexpr int64_t kResidentBytes = 12 << 20;  // tensors up to this stay in L3: whole passes in memory order
-constexpr int64_t kStreamBytes = 24 << 20;    // outputs from this on bypass the caches
-constexpr int64_t kChunkElements = 64 << 10;  // work worth a task
-constexpr int64_t kMaxChunks = 64;
+constexpr int64_t kRun = 256, kSegment = 1024;  // elements of a plane that a float sum, and a sum of those, take
+constexpr int64_t kFlushRows = 128;             // rows that a float sum takes
+constexpr int64_t kAhead = 1024;                // elements of each tensor prefetched at a time
+constexpr int64_t kTaskElements = 64 << 10;     // work worth a task
+constexpr int64_t kMaxTasks = 64;
+constexpr int64_t kStreamBytes = 24 << 20;  // outputs of this size and more bypass the caches
 
 struct Range {
   int64_t begin, end;
@@ -81,6 +79,11 @@ class Scratch {
   char* next_;
 };
 
+template <class T>
+FP_INLINE void prefetch_span(const T* p, int64_t n) {
+  for (int64_t i = 0; i < n; i += 64 / static_cast<int64_t>(sizeof(T))) prefetch(p + i);
+}
+
 // Where a body finds its parameters: one channel for all lanes, or one channel a lane.
 struct Broadcast {
   static FP_INLINE Vec get(const float* p, int64_t at) { return broadcast(p[at]); }
@@ -109,7 +112,7 @@ struct Moments {
   FP_INLINE Params params(int64_t at) const {
     return {At::get(shift, at)};
   }
-  FP_INLINE void fetch(int64_t i) const { prefetch(x + i); }
+  FP_INLINE void fetch(int64_t i, int64_t n) const { prefetch_span(x + i, n); }
   template <class Lanes>
   FP_INLINE void operator()(int64_t i, int64_t, Lanes lanes, const Params& p, Vec& s, Vec& q) const {
     const Vec d = keep(load(x + i, lanes) - p.shift, live(lanes));
@@ -131,9 +134,9 @@ struct Normalize {
   FP_INLINE Params params(int64_t at) const {
     return {At::get(k.mean, at), At::get(k.scale, at), At::get(k.bias, at)};
   }
-  FP_INLINE void fetch(int64_t i) const {
-    prefetch(x + i);
-    if (kResidual) prefetch(residual + i);
+  FP_INLINE void fetch(int64_t i, int64_t n) const {
+    prefetch_span(x + i, n);
+    if (kResidual) prefetch_span(residual + i, n);
   }
   template <class Lanes>
   FP_INLINE void operator()(int64_t i, int64_t word, Lanes lanes, const Params& p) const {
@@ -160,13 +163,12 @@ struct Grad {
   };
   template <class At>
   FP_INLINE Params params(int64_t at) const {
-    if (kRelu != Relu::kRecompute) return {At::get(k.mean, at), zero(), zero()};
-    return {At::get(k.mean, at), At::get(k.scale, at), At::get(k.bias, at)};
+    return {At::get(k.mean, at), At::get(k.scale, at), kRelu == Relu::kRecompute ? At::get(k.bias, at) : zero()};
   }
-  FP_INLINE void fetch(int64_t i) const {
-    prefetch(x + i);
-    prefetch(dy + i);
-    if (kRelu == Relu::kOutput) prefetch(y + i);
+  FP_INLINE void fetch(int64_t i, int64_t n) const {
+    prefetch_span(x + i, n);
+    prefetch_span(dy + i, n);
+    if (kRelu == Relu::kOutput) prefetch_span(y + i, n);
   }
   // dz, for d = x - mean
   template <class Lanes>
@@ -197,20 +199,20 @@ struct GradInput : Grad<T, kRelu> {
   T *dx, *dresidual;
   struct Params {
     typename Grad<T, kRelu>::Params z;
-    Vec scale, slope, offset;
+    Vec slope, offset;
   };
   template <class At>
   FP_INLINE Params params(int64_t at) const {
     const Coefficients& k = this->k;
     const auto z = Grad<T, kRelu>::template params<At>(at);
-    if (!kTraining) return {z, At::get(k.scale, at), zero(), zero()};
-    return {z, At::get(k.scale, at), At::get(k.slope, at), At::get(k.offset, at)};
+    if (!kTraining) return {z, zero(), zero()};
+    return {z, At::get(k.slope, at), At::get(k.offset, at)};
   }
   template <class Lanes>
   FP_INLINE void operator()(int64_t i, int64_t word, Lanes lanes, const Params& p) const {
     const Vec d = load(this->x + i, lanes) - p.z.mean;
     const Vec g = this->dz(i, word, lanes, p.z, d);
-    if (dx) put(dx + i, kTraining ? fma(g, p.scale, fma(d, p.slope, p.offset)) : g * p.scale, lanes);
+    if (dx) put(dx + i, kTraining ? fma(g, p.z.scale, fma(d, p.slope, p.offset)) : g * p.z.scale, lanes);
     if (kRelu != Relu::kNone && dresidual) put(dresidual + i, g, lanes);
   }
   static FP_INLINE void put(T* p, Vec a, All) { kStream ? stream(p, a) : store(p, a); }
@@ -219,93 +221,112 @@ struct GradInput : Grad<T, kRelu> {
 
 // ---- drivers ----
 
-// f(offset, which of four sums, lanes) for the vectors of a run of `size` elements.
+// f(offset, which of kUnroll sums, lanes) for the vectors of a run of `size` elements.
 template <class F>
 FP_INLINE void for_vectors(int64_t size, const F& f) {
   int64_t i = 0;
-  for (; i + 4 * kLanes <= size; i += 4 * kLanes) {
-    f(i, 0, All{});
-    f(i + kLanes, 1, All{});
-    f(i + 2 * kLanes, 2, All{});
-    f(i + 3 * kLanes, 3, All{});
+  for (; i + kUnroll * kLanes <= size; i += kUnroll * kLanes) {
+#pragma GCC unroll 4
+    for (int k = 0; k < kUnroll; ++k) f(i + k * kLanes, k, All{});
   }
-  if (i + kLanes <= size) {
-    f(i, 0, All{});
-    i += kLanes;
-    if (i + kLanes <= size) {
-      f(i, 1, All{});
-      i += kLanes;
-      if (i + kLanes <= size) {
-        f(i, 2, All{});
-        i += kLanes;
-      }
-    }
-  }
-  if (i < size) f(i, 3, First{static_cast<int>(size - i)});
+  for (; i + kLanes <= size; i += kLanes) f(i, 0, All{});
+  if (i < size) f(i, kUnroll - 1, First{static_cast<int>(size - i)});
 }
 
+// Planes [begin, end) of the N * C.
 struct Planes {
-  int64_t channels, pixels, words;
-  Range n, c;  // the part to work on
+  int64_t begin, end, channels, pixels, words;
+};
+
+// Prefetches ahead of the position, a page of each tensor at a time: with tensors taking turns line by line, memory
+// would open and close its own pages all the time.
+template <class Body>
+class Ahead {
+ public:
+  Ahead(const Body& body, int64_t start) : body_(body), fetched_(start) {}
+  FP_INLINE void at(int64_t i) {
+    if (i + kAhead <= fetched_) return;
+    body_.fetch(fetched_, kAhead);
+    fetched_ += kAhead;
+  }
+
+ private:
+  const Body& body_;
+  int64_t fetched_;
 };
 
 template <class Body>
 void map_planes(const Planes& v, const Body& body) {
-  for (int64_t n = v.n.begin; n < v.n.end; ++n)
-    for (int64_t c = v.c.begin; c < v.c.end; ++c) {
-      const auto p = body.template params<Broadcast>(c);
-      const int64_t plane = n * v.channels + c, first = plane * v.pixels, word = plane * v.words;
-      for_vectors(v.pixels, [&](int64_t i, int, auto lanes)
-                                __attribute__((always_inline)) { body(first + i, word + i / kLanes, lanes, p); });
+  Ahead<Body> ahead(body, v.begin * v.pixels);
+  int64_t c = v.begin % v.channels;
+  for (int64_t plane = v.begin; plane < v.end; ++plane) {
+    const auto p = body.template params<Broadcast>(c);
+    for (int64_t start = 0; start < v.pixels; start += kAhead) {
+      const int64_t first = plane * v.pixels + start, word = plane * v.words + start / kLanes;
+      ahead.at(first);
+      for_vectors(min(kAhead, v.pixels - start), [&](int64_t i, int, auto lanes) __attribute__((always_inline)) {
+        body(first + i, word + i / kLanes, lanes, p);
+      });
     }
+    if (++c == v.channels) c = 0;
+  }
 }
 
 struct Sums {
   Vec s = zero(), q = zero();
-  FP_INLINE void add(Vec more_s, Vec more_q) {
-    s = s + more_s;
-    q = q + more_q;
+  FP_INLINE void add(const Sums& other) {
+    s = s + other.s;
+    q = q + other.q;
   }
 };
 
-// sink(n, c, sum, sum) for every plane, in order.
+// sink(plane, channel, sum, sum) for every plane, in order.
 template <class Body, class Sink>
 void reduce_planes(const Planes& v, const Body& body, const Sink& sink) {
   Vec s[kLanes], q[kLanes];  // of the last planes: the lanes of 16 of them are added up together
-  int waiting = 0;
-  int64_t out_n = v.n.begin, out_c = v.c.begin;
-  const auto flush = [&] {
-    for (int k = waiting; k < kLanes; ++k) s[k] = q[k] = zero();
+  int64_t done = v.begin, done_c = v.begin % v.channels;
+  const auto flush = [&](int64_t end) {
+    for (int64_t k = end - done; k < kLanes; ++k) s[k] = q[k] = zero();
     float sums[2][kLanes];
     lane_sums(s, sums[0]);
     lane_sums(q, sums[1]);
-    for (int k = 0; k < waiting; ++k) {
-      sink(out_n, out_c, sums[0][k], sums[1][k]);
-      if (++out_c == v.c.end) out_c = v.c.begin, ++out_n;
+    for (int k = 0; done < end; ++k, ++done) {
+      sink(done, done_c, sums[0][k], sums[1][k]);
+      if (++done_c == v.channels) done_c = 0;
     }
-    waiting = 0;
   };
-  for (int64_t n = v.n.begin; n < v.n.end; ++n)
-    for (int64_t c = v.c.begin; c < v.c.end; ++c) {
-      const auto p = body.template params<Broadcast>(c);
-      const int64_t plane = n * v.channels + c, first = plane * v.pixels, word = plane * v.words;
-      Sums total;
-      for (int64_t start = 0; start < v.pixels;) {  // three levels of sums: rounding errors stay near those of a tree
-        Sums part;
-        for (const int64_t end = min(start + kSegment, v.pixels); start < end; start += kRun) {
-          Vec a[4] = {zero(), zero(), zero(), zero()}, b[4] = {zero(), zero(), zero(), zero()};
-          for_vectors(min(kRun, end - start), [&](int64_t i, int k, auto lanes) __attribute__((always_inline)) {
-            body(first + start + i, word + (start + i) / kLanes, lanes, p, a[k], b[k]);
-          });
-          part.add((a[0] + a[1]) + (a[2] + a[3]), (b[0] + b[1]) + (b[2] + b[3]));
-        }
-        total.add(part.s, part.q);
+  Ahead<Body> ahead(body, v.begin * v.pixels);
+  int64_t c = done_c;
+  for (int64_t plane = v.begin; plane < v.end; ++plane) {
+    const auto p = body.template params<Broadcast>(c);
+    const auto run = [&](int64_t start, int64_t size) __attribute__((always_inline)) {
+      const int64_t first = plane * v.pixels + start, word = plane * v.words + start / kLanes;
+      ahead.at(first);
+      Sums sums[kUnroll];
+      for_vectors(size, [&](int64_t i, int k, auto lanes) __attribute__((always_inline)) {
+        body(first + i, word + i / kLanes, lanes, p, sums[k].s, sums[k].q);
+      });
+      for (int k = kUnroll / 2; k; k /= 2)
+        for (int j = 0; j < k; ++j) sums[j].add(sums[j + k]);
+      return sums[0];
+    };
+    Sums total;
+    if (v.pixels <= kRun) {
+      total = run(0, v.pixels);
+    } else {  // three levels of sums: rounding errors stay near those of a tree
+      for (int64_t start = 0; start < v.pixels;) {
+        Sums segment;
+        for (const int64_t end = min(start + kSegment, v.pixels); start < end; start += kRun)
+          segment.add(run(start, min(kRun, end - start)));
+        total.add(segment);
       }
-      s[waiting] = total.s;
-      q[waiting] = total.q;
-      if (++waiting == kLanes) flush();
     }
-  flush();
+    s[plane - done] = total.s;
+    q[plane - done] = total.q;
+    if (plane + 1 - done == kLanes) flush(plane + 1);
+    if (++c == v.channels) c = 0;
+  }
+  flush(v.end);
 }
 
 struct Rows {
@@ -321,95 +342,93 @@ struct Count {
 template <class F>
 FP_INLINE void for_columns(int64_t width, const F& f) {
   int64_t at = 0;
-  for (; at + kGroup * kLanes <= width; at += kGroup * kLanes) f(at, Count<kGroup>{}, All{});
+  if (kGroup > 1)
+    for (; at + kGroup * kLanes <= width; at += kGroup * kLanes) f(at, Count<kGroup>{}, All{});
   for (; at + kLanes <= width; at += kLanes) f(at, Count<1>{}, All{});
   if (at < width) f(at, Count<1>{}, First{static_cast<int>(width - at)});
 }
 
-// Rows in blocks, columns in groups, so that parameters stay in registers over the rows of a block.
-template <class F>
-FP_INLINE void for_blocks(const Rows& v, int64_t row_bytes, const F& f) {
-  const int64_t block = max(1, kRowBlockBytes / row_bytes);
-  for (int64_t row = 0; row < v.count; row += block) {
-    const Rows rows = {v.element + row * v.width, v.word + row * v.words, min(block, v.count - row), v.width, v.words};
+// f(rows, column, how many vectors, lanes): rows in blocks, columns in groups, so that parameters stay in registers
+// over the rows of a block while memory is read in order.
+template <class Body, class F>
+FP_INLINE void for_blocks(const Rows& v, const Body& body, const F& f) {
+  const int64_t most = max(1, kAhead / v.width);
+  for (int64_t row = 0; row < v.count; row += most) {
+    const Rows block = {v.element + row * v.width, v.word + row * v.words, min(most, v.count - row), v.width, v.words};
+    const int64_t size = block.count * block.width;
+    body.fetch(block.element + size, size);
     for_columns(v.width,
-                [&](int64_t at, auto count, auto lanes) __attribute__((always_inline)) { f(rows, at, count, lanes); });
+                [&](int64_t at, auto count, auto lanes) __attribute__((always_inline)) { f(block, at, count, lanes); });
   }
 }
 
-template <class T, class Body>
+template <class Body>
 void map_rows(const Rows& all, const Body& body) {
-  for_blocks(all, all.width * static_cast<int64_t>(sizeof(T)),
-             [&](const Rows& v, int64_t at, auto count, auto lanes) __attribute__((always_inline)) {
-               constexpr int kCount = decltype(count)::value;
-               typename Body::Params p[kCount];
-               for (int k = 0; k < kCount; ++k) p[k] = body.template params<Lanewise>(at + k * kLanes);
-               for (int64_t row = 0; row < v.count; ++row)
-                 for (int k = 0; k < kCount; ++k)
-                   body(v.element + row * v.width + at + k * kLanes, v.word + row * v.words + at / kLanes + k, lanes,
-                        p[k]);
-             });
+  for_blocks(all, body, [&](const Rows& v, int64_t at, auto count, auto lanes) __attribute__((always_inline)) {
+    constexpr int kCount = decltype(count)::value;
+    typename Body::Params p[kCount];
+    for (int k = 0; k < kCount; ++k) p[k] = body.template params<Lanewise>(at + k * kLanes);
+    for (int64_t row = 0; row < v.count; ++row)
+      for (int k = 0; k < kCount; ++k)
+        body(v.element + row * v.width + at + k * kLanes, v.word + row * v.words + at / kLanes + k, lanes, p[k]);
+  });
 }
 
 // Adds the sums of each column to s and q.
-template <class T, class Body>
+template <class Body>
 void reduce_rows(const Rows& all, const Body& body, float* s, float* q) {
-  for_blocks(all, all.width * static_cast<int64_t>(sizeof(T)),
-             [&](const Rows& v, int64_t at, auto count, auto lanes) __attribute__((always_inline)) {
-               constexpr int kCount = decltype(count)::value;
-               typename Body::Params p[kCount];
-               Vec a[kCount], b[kCount];
-               for (int k = 0; k < kCount; ++k) {
-                 p[k] = body.template params<Lanewise>(at + k * kLanes);
-                 a[k] = load(s + at + k * kLanes);
-                 b[k] = load(q + at + k * kLanes);
-               }
-               for (int64_t row = 0; row < v.count; ++row)
-                 for (int k = 0; k < kCount; ++k)
-                   body(v.element + row * v.width + at + k * kLanes, v.word + row * v.words + at / kLanes + k, lanes,
-                        p[k], a[k], b[k]);
-               for (int k = 0; k < kCount; ++k) {
-                 store(s + at + k * kLanes, a[k]);
-                 store(q + at + k * kLanes, b[k]);
-               }
-             });
+  for_blocks(all, body, [&](const Rows& v, int64_t at, auto count, auto lanes) __attribute__((always_inline)) {
+    constexpr int kCount = decltype(count)::value;
+    typename Body::Params p[kCount];
+    Sums sums[kCount];
+    for (int k = 0; k < kCount; ++k) p[k] = body.template params<Lanewise>(at + k * kLanes);
+    for (int64_t row = 0; row < v.count; ++row)
+      for (int k = 0; k < kCount; ++k)
+        body(v.element + row * v.width + at + k * kLanes, v.word + row * v.words + at / kLanes + k, lanes, p[k],
+             sums[k].s, sums[k].q);
+    for (int k = 0; k < kCount; ++k) {
+      store(s + at + k * kLanes, load(s + at + k * kLanes) + sums[k].s);
+      store(q + at + k * kLanes, load(q + at + k * kLanes) + sums[k].q);
+    }
+  });
 }
 
 // ---- one call ----
 
-// How a call is cut into tasks.
+// How a call is brought to the drivers and cut into tasks.
 struct Plan {
-  int64_t fold = 1;  // rows of C elements that make one row of the kernels (channels_last)
-  int64_t block;     // channels taken through reduction and map before the next ones; C: whole passes
-  int64_t chunks;    // tasks of a whole pass
-  int64_t unit = 1;  // a chunk is a multiple of this many samples (NCHW) or rows (channels_last)
-  bool stream;       // outputs bypass the caches
+  bool rows;         // or planes
+  int64_t repeat;    // positions of a channel next to each other in a row: H * W for NCHW as rows, else 1
+  int64_t width;     // elements of a row in memory: channels * repeat
+  int64_t fold = 1;  // rows in memory that make one row for the driver
+  int64_t unit = 1;  // a task is a multiple of this many rows
+  int64_t tasks;
+  bool stream;  // outputs bypass the caches
 };
 
 // Rows to fold: full groups of vectors, with little lost at the end.
-int64_t choose_fold(int64_t channels) {
+int64_t choose_fold(int64_t width) {
   for (int64_t fold = 1; fold < kLanes; ++fold) {
-    const int64_t width = fold * channels, lost = divide_up(width, kLanes) * kLanes - width;
-    if (width >= 4 * kLanes && lost * kLanes <= width) return fold;
+    const int64_t lost = divide_up(fold * width, kLanes) * kLanes - fold * width;
+    if (fold * width >= 4 * kLanes && lost * kLanes <= fold * width) return fold;
   }
   return kLanes;
 }
 
-// streams: tensors that the reduction reads; masked: rows must match those of the mask; gated: sums are per sample.
-Plan make_plan(const BatchNormAct& a, int64_t streams, bool masked, bool gated, bool aligned) {
+// masked: rows must match those of the mask; gated: sums must not run across samples.
+Plan make_plan(const BatchNormAct& a, bool masked, bool gated, bool aligned) {
   Plan plan;
-  const int64_t numel = a.samples * a.channels * a.pixels, bytes = numel * (a.is_bfloat16 ? 2 : 4);
-  plan.stream = bytes >= kStreamBytes && aligned && (a.channels_last ? a.channels : a.pixels) % kLanes == 0;
-  plan.chunks = min(max(numel / kChunkElements, 1), kMaxChunks);
-  plan.block = a.channels;
-  if (a.channels_last) {
-    if (!masked || a.channels % kLanes == 0) plan.fold = choose_fold(a.channels);
-    if (gated) plan.unit = a.pixels;
-    plan.chunks = min(plan.chunks, a.samples * a.pixels / plan.unit);
-  } else if (streams * bytes > kResidentBytes || plan.chunks > a.samples) {
-    plan.block = min(a.channels, max(1, kSlabBytes * a.channels / (streams * bytes)));
-    plan.chunks = 1;
-  }
+  const bool tiny = !a.channels_last && a.pixels < kLanes && !masked && !gated;  // planes too small to fill a vector
+  plan.rows = a.channels_last || tiny;
+  plan.repeat = tiny ? a.pixels : 1;
+  plan.width = a.channels * plan.repeat;
+  if (plan.rows && (!masked || plan.width % kLanes == 0)) plan.fold = choose_fold(plan.width);
+  if (plan.rows && gated) plan.unit = a.pixels;
+  const int64_t numel = a.samples * a.channels * a.pixels,
+                units = numel / (plan.rows ? plan.width * plan.unit : a.pixels);
+  plan.tasks = min(min(max(numel / kTaskElements, 1), kMaxTasks), units);
+  plan.stream =
+      numel * (a.is_bfloat16 ? 2 : 4) >= kStreamBytes && aligned && (plan.rows ? plan.width : a.pixels) % kLanes == 0;
   return plan;
 }
 
@@ -420,100 +439,68 @@ class Call {
       : a(args),
         plan(plan),
         C(args.channels),
-        stride(divide_up(C, kLanes) * kLanes),
-        padded(divide_up(plan.fold * C, kLanes) * kLanes),
         per_channel(static_cast<double>(args.samples) * static_cast<double>(args.pixels)),
-        scratch(6 * Scratch::bytes<float>(padded) + 2 * Scratch::bytes<double>(plan.chunks * stride)) {
+        padded(divide_up(plan.rows ? plan.fold * plan.width : C, kLanes) * kLanes),
+        stride(divide_up(C, kLanes) * kLanes),
+        scratch(6 * Scratch::bytes<float>(padded) + 2 * Scratch::bytes<double>(plan.tasks * stride)) {
     float** const arrays[] = {&k.mean, &k.scale, &k.bias, &k.slope, &k.offset, &shift};
     for (float** p : arrays) {
       *p = scratch.take<float>(padded);
-      __builtin_memset(*p, 0, sizeof(float) * static_cast<size_t>(padded));
+      clear(*p);
     }
-    sums[0] = scratch.take<double>(plan.chunks * stride);
-    sums[1] = scratch.take<double>(plan.chunks * stride);
+    for (double*& p : sums) p = scratch.take<double>(plan.tasks * stride);
   }
 
+ protected:
   const BatchNormAct& a;
   const Plan plan;
-  const int64_t C, stride, padded;  // stride: of sums from chunk to chunk; padded: floats per coefficient
-  const double per_channel;         // elements
+  const int64_t C;
+  const double per_channel;  // elements
+  const int64_t padded;      // floats of a coefficient: one for each position of a row of the driver
+  const int64_t stride;      // of sums, from task to task
   Scratch scratch;
   Coefficients k;
   float* shift;
-  double* sums[2];  // (chunks, stride)
+  double* sums[2];  // (tasks, stride) each; task 0 is also the total
 
-  // prepare(channels); reduce(channels, chunk) makes sums; finish(channels, again) turns them into coefficients, or
-  // asks for another reduction by returning false; map(channels, chunk) writes the outputs.
-  template <class Prepare, class Reduce, class Finish, class Map>
-  void run(const Prepare& prepare, const Reduce& reduce, const Finish& finish, const Map& map) {
-    if (plan.block < C) {
-      parallel_for(a.parallel_for, divide_up(C, plan.block), [&](int64_t begin, int64_t end) {
-        for (int64_t block = begin; block < end; ++block) {
-          const Range c = {block * plan.block, min(C, (block + 1) * plan.block)};
-          prepare(c);
-          for (bool again = false;; again = true) {
-            reduce(c, 0);
-            if (finish(c, again)) break;
-          }
-          map(c, 0);
-        }
-      });
-      return;
-    }
-    const Range c = {0, C};
-    prepare(c);
-    for (bool again = false;; again = true) {
-      parallel_for(a.parallel_for, plan.chunks, [&](int64_t begin, int64_t end) {
-        for (int64_t chunk = begin; chunk < end; ++chunk) reduce(c, chunk);
-      });
-      add_chunks();
-      if (finish(c, again)) break;
-    }
-    run_map(map);
+  template <class Body>
+  void reduce(const Body& body, float* gate_grad = nullptr) {
+    parallel_for(a.parallel_for, plan.tasks, [&](int64_t begin, int64_t end) {
+      for (int64_t task = begin; task < end; ++task) reduce_task(body, task, gate_grad);
+    });
+    for (double* s : sums)
+      for (int64_t task = 1; task < plan.tasks; ++task)
+        for (int64_t c = 0; c < C; ++c) s[c] += s[task * stride + c];
   }
 
-  template <class Map>
-  void run_map(const Map& map) {
-    parallel_for(a.parallel_for, plan.chunks, [&](int64_t begin, int64_t end) {
+  template <class Body>
+  void map(const Body& body) {
+    parallel_for(a.parallel_for, plan.tasks, [&](int64_t begin, int64_t end) {
       // backwards: what the reduction read last is still in the cache
-      for (int64_t chunk = end - 1; chunk >= begin; --chunk) map({0, C}, chunk);
+      for (int64_t task = end - 1; task >= begin; --task) {
+        if (!plan.rows) {
+          map_planes(planes_of(task), body);
+        } else {
+          const Range rows = rows_of(task);
+          const int64_t folded = rows.size() / plan.fold * plan.fold;
+          map_rows(driver_rows(rows.begin, folded, plan.fold), body);
+          map_rows(driver_rows(rows.begin + folded, rows.size() - folded, 1), body);
+        }
+        if (plan.stream) stream_fence();
+      }
     });
   }
 
-  // Adds up body over a chunk; gate_grad, if given, gets scale * sum of dz (x - mean) + bias * sum of dz per sample.
-  template <class Body>
-  void reduce(const Body& body, Range c, int64_t chunk, float* gate_grad = nullptr) {
-    double *s = sums[0] + chunk * stride, *q = sums[1] + chunk * stride;
-    for (int64_t i = c.begin; i < c.end; ++i) s[i] = q[i] = 0;
-    if (a.channels_last) return reduce_chunk_of_rows(body, rows_of(chunk), s, q, gate_grad);
-    reduce_planes(planes_of(chunk, c), body, [&](int64_t n, int64_t i, float plane_s, float plane_q) {
-      s[i] += plane_s;
-      q[i] += plane_q;
-      if (gate_grad) gate_grad[n * C + i] = plane_q * k.scale[i] + plane_s * k.bias[i];
-    });
+  // From one value a channel to one a position of a row of the driver.
+  void spread(float* p) const {
+    if (!plan.rows) return;
+    for (int64_t c = C - 1; plan.repeat > 1 && c >= 0; --c)
+      for (int64_t i = plan.repeat - 1; i >= 0; --i) p[c * plan.repeat + i] = p[c];
+    for (int64_t i = plan.width; i < plan.fold * plan.width; ++i) p[i] = p[i - plan.width];
   }
-
-  template <class Body>
-  void map(const Body& body, Range c, int64_t chunk) {
-    if (!a.channels_last) {
-      map_planes(planes_of(chunk, c), body);
-    } else {
-      const Range rows = rows_of(chunk);
-      const int64_t folded = rows.size() / plan.fold;
-      map_rows<T>(folded_rows(rows.begin, folded, plan.fold), body);
-      map_rows<T>(folded_rows(rows.begin + folded * plan.fold, rows.size() - folded * plan.fold, 1), body);
-    }
-    if (plan.stream) stream_fence();
-  }
-
-  // Repeats the coefficients of the channels for every row of a fold.
-  void repeat(float* p) const {
-    for (int64_t i = C; i < plan.fold * C; ++i) p[i] = p[i - C];
-  }
-
-  void repeat_all() const {
+  void spread_coefficients() const {
     float* const arrays[] = {k.mean, k.scale, k.bias, k.slope, k.offset};
-    for (float* p : arrays) repeat(p);
+    for (float* p : arrays) spread(p);
   }
 
   // sigmoid(weight) or weight, and its derivative
@@ -534,50 +521,66 @@ class Call {
     k.bias[c] = a.bias.data ? static_cast<float>(get(a.bias, c)) : 0.0f;
   }
 
-  Range rows_of(int64_t chunk) const {
-    const Range units = part(a.samples * a.pixels / plan.unit, chunk, plan.chunks);
+  void clear(float* p) const { __builtin_memset(p, 0, sizeof(float) * static_cast<size_t>(padded)); }
+
+ private:
+  Planes planes_of(int64_t task) const {
+    const Range planes = part(a.samples * C, task, plan.tasks);
+    return {planes.begin, planes.end, C, a.pixels, divide_up(a.pixels, kLanes)};
+  }
+
+  Range rows_of(int64_t task) const {
+    const Range units = part(a.samples * a.pixels / plan.repeat / plan.unit, task, plan.tasks);
     return {units.begin * plan.unit, units.end * plan.unit};
   }
 
- private:
-  Planes planes_of(int64_t chunk, Range c) const {
-    return {C, a.pixels, divide_up(a.pixels, kLanes), part(a.samples, chunk, plan.chunks), c};
-  }
-
-  Rows folded_rows(int64_t row, int64_t count, int64_t fold) const {
-    const int64_t words = divide_up(C, kLanes);
-    return {row * C, row * words, count, fold * C, fold * words};
+  // `count` rows in memory, a multiple of fold
+  Rows driver_rows(int64_t first, int64_t count, int64_t fold) const {
+    const int64_t words = divide_up(plan.width, kLanes);
+    return {first * plan.width, first * words, count / fold, fold * plan.width, fold * words};
   }
 
   template <class Body>
-  void reduce_chunk_of_rows(const Body& body, Range rows, double* s, double* q, float* gate_grad) {
+  void reduce_task(const Body& body, int64_t task, float* gate_grad) {
+    double *s = sums[0] + task * stride, *q = sums[1] + task * stride;
+    for (int64_t i = 0; i < stride; ++i) s[i] = q[i] = 0;
+    if (!plan.rows) {
+      reduce_planes(planes_of(task), body, [&](int64_t plane, int64_t c, float plane_s, float plane_q) {
+        s[c] += plane_s;
+        q[c] += plane_q;
+        if (gate_grad) gate_grad[plane] = plane_q * k.scale[c] + plane_s * k.bias[c];
+      });
+      return;
+    }
     Scratch local(2 * Scratch::bytes<float>(padded));
     float *row_s = local.take<float>(padded), *row_q = local.take<float>(padded);
-    const auto clear = [&] {
-      __builtin_memset(row_s, 0, sizeof(float) * static_cast<size_t>(padded));
-      __builtin_memset(row_q, 0, sizeof(float) * static_cast<size_t>(padded));
-    };
-    clear();
-    const int64_t most = kFlushRows * plan.fold;
+    const Range rows = rows_of(task);
     for (int64_t row = rows.begin; row < rows.end;) {
-      const int64_t in_sample = row % a.pixels;
-      const int64_t count = min(most, gate_grad ? a.pixels - in_sample : rows.end - row), folded = count / plan.fold;
-      reduce_rows<T>(folded_rows(row, folded, plan.fold), body, row_s, row_q);
-      reduce_rows<T>(folded_rows(row + folded * plan.fold, count - folded * plan.fold, 1), body, row_s, row_q);
-      add_rows(row_s, row_q, s, q, gate_grad ? gate_grad + row / a.pixels * C : nullptr, in_sample == 0);
-      clear();
+      const int64_t in_sample = row % plan.unit, left = gate_grad ? plan.unit - in_sample : rows.end - row;
+      const int64_t count = min(kFlushRows * plan.fold, left), folded = count / plan.fold * plan.fold;
+      clear(row_s);
+      clear(row_q);
+      reduce_rows(driver_rows(row, folded, plan.fold), body, row_s, row_q);
+      reduce_rows(driver_rows(row + folded, count - folded, 1), body, row_s, row_q);
+      gather(row_s);
+      gather(row_q);
+      add_rows(row_s, row_q, s, q, gate_grad ? gate_grad + row / plan.unit * C : nullptr, in_sample == 0);
       row += count;
     }
   }
 
-  void add_rows(float* row_s, float* row_q, double* s, double* q, float* gate_grad, bool first) const {
-    for (int64_t at = C; at < plan.fold * C; at += C) {
-#pragma omp simd
-      for (int64_t i = 0; i < C; ++i) {
-        row_s[i] += row_s[at + i];
-        row_q[i] += row_q[at + i];
-      }
+  // From one sum a position of a row of the driver to one a channel.
+  void gather(float* p) const {
+    for (int64_t at = plan.width; at < plan.fold * plan.width; at += plan.width)
+      for (int64_t i = 0; i < plan.width; ++i) p[i] += p[at + i];
+    for (int64_t c = 0; plan.repeat > 1 && c < C; ++c) {
+      float sum = 0;
+      for (int64_t i = 0; i < plan.repeat; ++i) sum += p[c * plan.repeat + i];
+      p[c] = sum;
     }
+  }
+
+  void add_rows(const float* row_s, const float* row_q, double* s, double* q, float* gate_grad, bool first) const {
     const auto add = [&](int64_t at, auto lanes) __attribute__((always_inline)) {
       const Vec vs = load(row_s + at, lanes), vq = load(row_q + at, lanes);
       add_to(s + at, vs);
@@ -590,12 +593,6 @@ class Call {
     for (; at + kLanes <= C; at += kLanes) add(at, All{});
     if (at < C) add(at, First{static_cast<int>(C - at)});
   }
-
-  void add_chunks() {
-    for (double* s : sums)
-      for (int64_t chunk = 1; chunk < plan.chunks; ++chunk)
-        for (int64_t c = 0; c < C; ++c) s[c] += s[chunk * stride + c];
-  }
 };
 
 bool aligned(const void* p) { return reinterpret_cast<uintptr_t>(p) % 64 == 0; }
@@ -606,6 +603,7 @@ template <class T>
 struct Forward : Call<T> {
   using Call<T>::C;
   using Call<T>::k;
+  using Call<T>::plan;
   using Call<T>::shift;
   using Call<T>::sums;
   using Call<T>::per_channel;
@@ -613,72 +611,76 @@ struct Forward : Call<T> {
   const T* const x;
 
   explicit Forward(const BatchNormActForward& args)
-      : Call<T>(args, make_plan(args, 1, args.mask, false, aligned(args.y))),
-        f(args),
-        x(static_cast<const T*>(args.x)) {}
+      : Call<T>(args, make_plan(args, args.mask, false, aligned(args.y))), f(args), x(static_cast<const T*>(args.x)) {}
 
   void operator()() {
-    const auto normalize = [&](Range c, int64_t chunk) {
-      this->plan.stream ? normalize_to<true>(c, chunk) : normalize_to<false>(c, chunk);
-    };
-    if (!f.training) {
+    if (f.training) {
+      choose_shift();
+      this->reduce(Moments<T>{x, shift});
+      if (!find_moments(false)) {
+        this->reduce(Moments<T>{x, shift});
+        find_moments(true);
+      }
+      for (int64_t c = 0; c < C; ++c) {
+        set_channel(c, sums[0][c], sums[1][c]);
+        update(f.running_mean, c, sums[0][c]);
+        update(f.running_var, c, sums[1][c] * per_channel / (per_channel - 1));
+      }
+    } else {
       for (int64_t c = 0; c < C; ++c) set_channel(c, get(f.running_mean, c), get(f.running_var, c));
-      this->repeat_all();
-      return this->run_map(normalize);
     }
-    this->run([&](Range c) { choose_shift(c); },
-              [&](Range c, int64_t chunk) { this->reduce(Moments<T>{x, shift}, c, chunk); },
-              [&](Range c, bool again) { return finish(c, again); }, normalize);
+    this->spread_coefficients();
+    plan.stream ? normalize<true>() : normalize<false>();
   }
 
   // Any value near the mean will do: the mean of a few elements.
-  void choose_shift(Range c) {
-    if (f.channels_last) {
-      const int64_t rows = f.samples * f.pixels, taken = min(rows, 16);
-      for (int64_t j = 0; j < taken; ++j)
-        for (int64_t i = 0; i < C; i += kLanes) {
-          const T* p = x + rows * j / taken * C + i;
-          store(shift + i, load(shift + i) + (i + kLanes <= C ? load(p) : load(p, First{static_cast<int>(C - i)})));
-        }
-      for (int64_t i = 0; i < C; ++i) shift[i] = is_finite(shift[i]) ? shift[i] / static_cast<float>(taken) : 0.0f;
-      return this->repeat(shift);
+  void choose_shift() {
+    if (plan.rows) {
+      const int64_t rows = f.samples * f.pixels / plan.repeat, taken = min(rows, 16);
+      const auto add = [&](const T* row, int64_t at, auto lanes) {
+        store(shift + at, load(shift + at) + load(row + at, lanes));
+      };
+      for (int64_t j = 0; j < taken; ++j) {
+        const T* row = x + rows * j / taken * plan.width;
+        int64_t at = 0;
+        for (; at + kLanes <= plan.width; at += kLanes) add(row, at, All{});
+        if (at < plan.width) add(row, at, First{static_cast<int>(plan.width - at)});
+      }
+      for (int64_t c = 0; c < C; ++c) {
+        float sum = 0;
+        for (int64_t i = 0; i < plan.repeat; ++i) sum += shift[c * plan.repeat + i];
+        shift[c] = is_finite(sum) ? sum / static_cast<float>(taken * plan.repeat) : 0.0f;
+      }
+    } else {
+      const int64_t planes = min(f.samples, 4), taken = min(f.pixels, kLanes), middle = (f.pixels - taken) / 2;
+      for (int64_t c = 0; c < C; ++c) {
+        Vec sum = zero();
+        for (int64_t j = 0; j < planes; ++j)
+          sum = sum + load(x + (f.samples * j / planes * C + c) * f.pixels + middle, First{static_cast<int>(taken)});
+        const float total = lane_sum(sum);
+        shift[c] = is_finite(total) ? total / static_cast<float>(planes * taken) : 0.0f;
+      }
     }
-    const int64_t planes = min(f.samples, 4), taken = min(f.pixels, kLanes), middle = (f.pixels - taken) / 2;
-    for (int64_t i = c.begin; i < c.end; ++i) {
-      Vec sum = zero();
-      for (int64_t j = 0; j < planes; ++j)
-        sum = sum + load(x + (f.samples * j / planes * C + i) * f.pixels + middle, First{static_cast<int>(taken)});
-      const float total = lane_sum(sum);
-      shift[i] = is_finite(total) ? total / static_cast<float>(planes * taken) : 0.0f;
-    }
+    this->spread(shift);
   }
 
-  // With d = mean - shift, var = E[(x - shift)^2] - d^2 loses log2(d^2 / var) bits: then the reduction is done again
-  // around the mean just found.
-  bool finish(Range c, bool again) {
+  // Sums to mean and variance.  With d = mean - shift, var = E[(x - shift)^2] - d^2 loses log2(d^2 / var) bits: false
+  // asks for another reduction, around the mean just found.
+  bool find_moments(bool again) {
     bool good = true;
-    for (int64_t i = c.begin; i < c.end; ++i) {
-      const double d = sums[0][i] / per_channel, var = sums[1][i] / per_channel - d * d, mean = shift[i] + d;
-      const bool finite = is_finite(mean) && is_finite(var);
-      if (finite && !again && d * d > 4 * (var + f.eps)) {
-        shift[i] = static_cast<float>(mean);
+    for (int64_t c = 0; c < C; ++c) {
+      const double d = sums[0][c] / per_channel, var = sums[1][c] / per_channel - d * d;
+      sums[0][c] = shift[c * plan.repeat] + d;
+      sums[1][c] = var > 0 ? var : 0;
+      if (!is_finite(d) || !is_finite(var))
+        exact_moments(c);
+      else if (d * d > 4 * (sums[1][c] + f.eps))
         good = false;
-      }
-      sums[0][i] = mean;
-      sums[1][i] = var > 0 ? var : 0;
-      if (!finite) exact_moments(i);
     }
-    if (!good) {
-      if (f.channels_last) this->repeat(shift);
-      return false;
-    }
-    for (int64_t i = c.begin; i < c.end; ++i) {
-      set_channel(i, sums[0][i], sums[1][i]);
-      update(f.running_mean, i, sums[0][i]);
-      update(f.running_var, i, sums[1][i] * per_channel / (per_channel - 1));
-    }
-    this->repeat_all();
-    return true;
+    if (good || again) return true;
+    for (int64_t c = 0; c < C; ++c) shift[c] = is_finite(sums[0][c]) ? static_cast<float>(sums[0][c]) : 0.0f;
+    this->spread(shift);
+    return false;
   }
 
   // Infinities, NaN, or squares beyond float: the two passes of PyTorch, in double.
@@ -710,18 +712,16 @@ struct Forward : Call<T> {
   }
 
   template <bool kStream>
-  void normalize_to(Range c, int64_t chunk) {
-    if (!f.residual)
-      return f.relu ? normalize<false, true, false, kStream>(c, chunk)
-                    : normalize<false, false, false, kStream>(c, chunk);
-    if (!f.relu) return normalize<true, false, false, kStream>(c, chunk);
-    f.mask ? normalize<true, true, true, kStream>(c, chunk) : normalize<true, true, false, kStream>(c, chunk);
+  void normalize() {
+    if (f.residual && f.mask) return normalize<true, true, true, kStream>();
+    if (f.residual) return f.relu ? normalize<true, true, false, kStream>() : normalize<true, false, false, kStream>();
+    f.relu ? normalize<false, true, false, kStream>() : normalize<false, false, false, kStream>();
   }
 
   template <bool kResidual, bool kRelu, bool kMask, bool kStream>
-  void normalize(Range c, int64_t chunk) {
+  void normalize() {
     const T* residual = static_cast<const T*>(f.residual);
-    this->map(Normalize<T, kResidual, kRelu, kMask, kStream>{x, residual, static_cast<T*>(f.y), f.mask, k}, c, chunk);
+    this->map(Normalize<T, kResidual, kRelu, kMask, kStream>{x, residual, static_cast<T*>(f.y), f.mask, k});
   }
 };
 
@@ -731,17 +731,17 @@ template <class T>
 struct Backward : Call<T> {
   using Call<T>::C;
   using Call<T>::k;
+  using Call<T>::plan;
   using Call<T>::sums;
   using Call<T>::per_channel;
   const BatchNormActBackward& b;
 
   explicit Backward(const BatchNormActBackward& args)
-      : Call<T>(args, make_plan(args, 2, args.mask, args.gate_grad, aligned(args.dx) && aligned(args.dresidual))),
+      : Call<T>(args, make_plan(args, args.mask, args.gate_grad, aligned(args.dx) && aligned(args.dresidual))),
         b(args) {}
 
   void operator()() {
     for (int64_t c = 0; c < C; ++c) this->set_affine(c, b.stats[c], b.stats[C + c]);
-    this->repeat_all();
     if (!b.relu) return run<Relu::kNone>();
     if (b.mask) return run<Relu::kMask>();
     b.y ? run<Relu::kOutput>() : run<Relu::kRecompute>();
@@ -749,40 +749,33 @@ struct Backward : Call<T> {
 
   template <Relu kRelu>
   void run() {
-    const Grad<T, kRelu> grad = {static_cast<const T*>(b.x), static_cast<const T*>(b.dy), static_cast<const T*>(b.y),
-                                 b.mask, k};
-    Call<T>::run([](Range) {},
-                 [&](Range c, int64_t chunk) { this->reduce(GradSums<T, kRelu>{grad}, c, chunk, b.gate_grad); },
-                 [&](Range c, bool) { return finish(c); },
-                 [&](Range c, int64_t chunk) {
-                   if (!b.dx && !b.dresidual) return;
-                   if (this->plan.stream)
-                     b.training ? differentiate<kRelu, true, true>(grad, c, chunk)
-                                : differentiate<kRelu, false, true>(grad, c, chunk);
-                   else
-                     b.training ? differentiate<kRelu, true, false>(grad, c, chunk)
-                                : differentiate<kRelu, false, false>(grad, c, chunk);
-                 });
+    const auto as = [](const void* p) { return static_cast<const T*>(p); };
+    const Grad<T, kRelu> grad = {as(b.x), as(b.dy), as(b.y), b.mask, k};
+    this->spread_coefficients();
+    this->reduce(GradSums<T, kRelu>{grad}, b.gate_grad);
+    for (int64_t c = 0; c < C; ++c) finish(c);
+    if (!b.dx && !b.dresidual) return;
+    this->spread(k.slope);
+    this->spread(k.offset);
+    if (b.training)
+      plan.stream ? differentiate<kRelu, true, true>(grad) : differentiate<kRelu, true, false>(grad);
+    else
+      plan.stream ? differentiate<kRelu, false, true>(grad) : differentiate<kRelu, false, false>(grad);
+  }
+
+  void finish(int64_t c) {
+    const double sum_dz = sums[0][c], rstd = b.stats[C + c], sum_dz_xhat = sums[1][c] * rstd;
+    double derivative;
+    const double scale = this->scale_of(c, &derivative) * rstd;
+    set(b.dweight, c, sum_dz_xhat * derivative);
+    set(b.dbias, c, sum_dz);
+    k.slope[c] = static_cast<float>(-scale * rstd * sum_dz_xhat / per_channel);
+    k.offset[c] = static_cast<float>(-scale * sum_dz / per_channel);
   }
 
   template <Relu kRelu, bool kTraining, bool kStream>
-  void differentiate(const Grad<T, kRelu>& grad, Range c, int64_t chunk) {
-    this->map(GradInput<T, kRelu, kTraining, kStream>{grad, static_cast<T*>(b.dx), static_cast<T*>(b.dresidual)}, c,
-              chunk);
-  }
-
-  bool finish(Range c) {
-    for (int64_t i = c.begin; i < c.end; ++i) {
-      const double sum_dz = sums[0][i], rstd = b.stats[C + i], sum_dz_xhat = sums[1][i] * rstd;
-      double derivative;
-      const double scale = this->scale_of(i, &derivative) * rstd;
-      set(b.dweight, i, sum_dz_xhat * derivative);
-      set(b.dbias, i, sum_dz);
-      k.slope[i] = static_cast<float>(-scale * rstd * sum_dz_xhat / per_channel);
-      k.offset[i] = static_cast<float>(-scale * sum_dz / per_channel);
-    }
-    this->repeat_all();
-    return true;
+  void differentiate(const Grad<T, kRelu>& grad) {
+    this->map(GradInput<T, kRelu, kTraining, kStream>{grad, static_cast<T*>(b.dx), static_cast<T*>(b.dresidual)});
   }
 };
 

@@ -93,7 +93,8 @@ std::tuple<Tensor, Tensor, Tensor> batch_norm_act(const Tensor& x, const Optiona
   const int64_t rows = by_row ? a.pixels : a.channels, row_bytes = mask_bytes(by_row ? a.channels : a.pixels);
   save_mask = save_mask && relu && residual;
   const Tensor y = new_like(x), stats = new_tensor({2, a.channels}, ScalarType::Float);
-  const Tensor mask = save_mask ? new_tensor({a.samples, rows, row_bytes}, ScalarType::Byte) : new_tensor({0}, ScalarType::Byte);
+  const Tensor mask =
+      save_mask ? new_tensor({a.samples, rows, row_bytes}, ScalarType::Byte) : new_tensor({0}, ScalarType::Byte);
   a.x = x.data_ptr();
   a.residual = residual ? residual->data_ptr() : nullptr;
   a.y = y.data_ptr();

@@ -48,7 +48,8 @@ FP_INLINE void copy_bytes(void* to, const void* from, int bytes) {
 
 #if defined(__AVX512F__)
 
-constexpr int kGroup = 4;  // vectors whose parameters and sums stay in registers together
+constexpr int kGroup = 4;   // vectors of a row whose parameters and sums stay in registers together
+constexpr int kUnroll = 4;  // independent sums of a plane
 
 struct Vec {
   __m512 v;
@@ -117,6 +118,7 @@ FP_INLINE void lane_sums(const Vec v[kLanes], float* out) {
 #elif defined(__AVX2__)
 
 constexpr int kGroup = 2;
+constexpr int kUnroll = 2;
 
 struct Vec {
   __m256 lo, hi;
@@ -222,6 +224,7 @@ FP_INLINE void lane_sums(const Vec v[kLanes], float* out) {
 #else
 
 constexpr int kGroup = 1;
+constexpr int kUnroll = 1;
 
 typedef float Float4 __attribute__((vector_size(16)));
 typedef int32_t Int4 __attribute__((vector_size(16)));
