@@ -167,7 +167,7 @@ def build_info() -> dict:
 
 _extension_error: str | None = None
 try:  # importing the library registers its kernels
-    from fastprune import _C  # noqa: F401
+    import_module("fastprune._C")
 except ImportError as error:  # a pure-Python install, or a library that does not fit: say which, once, and go on
     _extension_error = f"the compiled extension did not load ({error})"
     warnings.warn(

@@ -241,7 +241,8 @@ def test_residual_that_broadcasts_or_promotes():
     model = Gate()
     ours, x = convert_batchnorm(copy.deepcopy(model)), torch.randn(2, 4, 3, 3)
     assert folds(ours) == {"norm+add+relu": 1}
-    got, want = step(ours, x, True), step(model, x, True)
+    with backends.force("eager"):  # the same arithmetic on both sides: what is tested is the conversion
+        got, want = step(ours, x, True), step(model, x, True)
     assert got[0].dtype == want[0].dtype == torch.float64
     assert_same(got, want, 1e-6)
 
