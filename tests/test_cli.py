@@ -121,7 +121,7 @@ def test_doctor(capsys):
     assert "eager" in checked and ("cpp" in checked) == bool(backends.build_info())
     for name, text in checked.items():
         assert "WRONG" not in text and "batch_norm_act ok" in text
-        assert "scale_penalty ok" in text or name == "cpp"
+        assert "scale_penalty ok" in text
 
 
 def test_doctor_checks_every_op():
