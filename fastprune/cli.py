@@ -122,7 +122,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     try:
         args = _parse(argv)
-        return args.run(args)
+        code = args.run(args)
+        sys.stdout.flush()  # a closed pipe shows here, not when Python exits
+        return code
     except KeyboardInterrupt:
         print("fastprune: interrupted", file=sys.stderr)
         return 130

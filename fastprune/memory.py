@@ -41,8 +41,9 @@ class MemoryTuning:
         The limit on mapped blocks returns to its documented default, 65536.  glibc also adapts two thresholds by
         itself until somebody sets one: that is switched off for good, so they are set to where it ends in a process
         that has freed large tensors, 32 MB (mapped from there on) and 64 MB (trimmed from there on), rather than to the
-        128 kB it starts from, with which every tensor would be mapped anew.  Huge pages in use stay.  Calling it again
-        does nothing.
+        128 kB it starts from, with which every tensor would be mapped anew.  Huge pages in use stay.  Where something
+        allocated later sits on top of the extended heap, the address space below it cannot be returned: blocks that fit
+        are still served from there, and their pages kept.  Calling it again does nothing.
         """
         global _tuned
         if not self.active:
