@@ -17,7 +17,8 @@ from setuptools import setup
 ISA = {
     "base": [],
     "avx2": ["-mavx2", "-mfma", "-mf16c"],
-    "avx512": "-mavx512f -mavx512bw -mavx512vl -mavx512dq -mavx2 -mfma -mf16c -mprefer-vector-width=512".split(),
+    "avx512": (AVX512 := "-mavx512f -mavx512bw -mavx512vl -mavx512dq -mavx2 -mfma -mf16c".split()),
+    "avx512_bf16": [*AVX512, "-mavx512bf16"],
 }
 CXX = [
     *("-O3", "-g0", "-std=c++17", "-fvisibility=hidden", "-Wall", "-Wextra"),

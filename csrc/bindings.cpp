@@ -6,6 +6,7 @@
 #include <torch/headeronly/util/Exception.h>
 
 #include <cstdlib>
+#include <cstring>
 #include <string>
 
 #include "cpu/isa.h"
@@ -13,32 +14,35 @@
 namespace fastprune {
 namespace {
 
-constexpr const char* kIsaNames[] = {"base", "avx2", "avx512"};
-
 bool cpu_has(Isa isa) {
+  if (isa == kBase) return true;
 #if defined(__x86_64__)
   __builtin_cpu_init();
-  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
-  if (isa == Isa::kAvx2) return avx2;
-  if (isa == Isa::kAvx512)
-    return avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-           __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
+  if (!__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("fma")) return false;
+  if (isa == kAvx2) return true;
+  if (!__builtin_cpu_supports("avx512f") || !__builtin_cpu_supports("avx512bw") ||
+      !__builtin_cpu_supports("avx512vl") || !__builtin_cpu_supports("avx512dq"))
+    return false;
+  return isa == kAvx512 || __builtin_cpu_supports("avx512bf16");
+#else
+  return false;
 #endif
-  return isa == Isa::kBase;
 }
 
 Isa choose_isa() {
   const char* wanted = std::getenv("FASTPRUNE_CPU_ISA");
-  if (wanted && *wanted) {
-    for (Isa isa : {Isa::kBase, Isa::kAvx2, Isa::kAvx512}) {
-      if (kIsaNames[static_cast<int>(isa)] != std::string(wanted)) continue;
-      STD_TORCH_CHECK(cpu_has(isa), "FASTPRUNE_CPU_ISA=", wanted,
-                      ": this CPU does not have these instructions; unset it to get the best the CPU has");
-      return isa;
-    }
-    STD_TORCH_CHECK(false, "FASTPRUNE_CPU_ISA must be base, avx2 or avx512, got '", wanted, "'");
+  Isa best = kBase;
+  for (int i = 0; i < kIsaCount; ++i) {
+    const Isa isa = static_cast<Isa>(i);
+    if (cpu_has(isa)) best = isa;
+    if (!wanted || std::strcmp(wanted, kIsaNames[i]) != 0) continue;
+    STD_TORCH_CHECK(cpu_has(isa), "FASTPRUNE_CPU_ISA=", wanted,
+                    ": this CPU does not have these instructions; unset it to get the best the CPU has");
+    return isa;
   }
-  return cpu_has(Isa::kAvx512) ? Isa::kAvx512 : cpu_has(Isa::kAvx2) ? Isa::kAvx2 : Isa::kBase;
+  STD_TORCH_CHECK(!wanted || !*wanted, "FASTPRUNE_CPU_ISA must be base, avx2, avx512 or avx512_bf16, got '", wanted,
+                  "'");
+  return best;
 }
 
 // JSON, for `fastprune doctor`.
@@ -46,16 +50,15 @@ std::string build_info() {
   const auto field = [](const char* key, const std::string& value) { return std::string("\"") + key + "\": " + value; };
   const auto text = [](const std::string& s) { return "\"" + s + "\""; };
   std::string available;
-  for (Isa isa : {Isa::kBase, Isa::kAvx2, Isa::kAvx512})
-    if (cpu_has(isa)) available += (available.empty() ? "" : ", ") + text(kIsaNames[static_cast<int>(isa)]);
+  for (int i = 0; i < kIsaCount; ++i)
+    if (cpu_has(static_cast<Isa>(i))) available += (i ? ", " : "") + text(kIsaNames[i]);
 #if defined(__clang__)
   const std::string compiler = "clang " __clang_version__;
 #else
   const std::string compiler = "gcc " __VERSION__;
 #endif
-  return "{" + field("isa", text(kIsaNames[static_cast<int>(cpu_isa())])) + ", " +
-         field("isa_available", "[" + available + "]") + ", " + field("compiler", text(compiler)) + ", " +
-         field("cxx_standard", std::to_string(__cplusplus)) + ", " +
+  return "{" + field("isa", text(kIsaNames[cpu_isa()])) + ", " + field("isa_available", "[" + available + "]") + ", " +
+         field("compiler", text(compiler)) + ", " + field("cxx_standard", std::to_string(__cplusplus)) + ", " +
          field("torch_target", text(std::to_string(TORCH_TARGET_VERSION >> 56) + "." +
                                     std::to_string(TORCH_TARGET_VERSION >> 48 & 0xff))) +
          ", " + field("threads", std::to_string(torch::stable::get_num_threads())) + "}";

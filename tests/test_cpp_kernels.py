@@ -17,6 +17,7 @@ from bn_cases import BACKENDS, LAYOUTS
 from fastprune import backends  # declares the schemas and loads the kernels
 
 facts = backends.build_info()
+ISAS = ["base", "avx2", "avx512", "avx512_bf16"]
 MALLOC_DEBUG = next((str(p) for p in Path("/").glob("lib*/*/libc_malloc_debug.so.0")), None)
 pytestmark = pytest.mark.skipif("cpp" not in BACKENDS, reason="cpp is not under test")
 
@@ -70,7 +71,7 @@ torch.save((t.backends.build_info()["isa"], dict(t.every_call())), sys.stdout.bu
 """
 
 
-@pytest.mark.parametrize("isa", ["base", "avx2", "avx512"])
+@pytest.mark.parametrize("isa", ISAS)
 def test_instruction_sets_agree(isa):
     if isa not in facts["isa_available"]:
         pytest.skip(f"this CPU has no {isa}")
@@ -93,7 +94,9 @@ def test_instruction_sets_agree(isa):
 
 def test_an_unknown_instruction_set_is_an_error():
     wrong = run_python("from fastprune import backends; backends.build_info()", FASTPRUNE_CPU_ISA="mmx")
-    assert wrong.returncode and b"FASTPRUNE_CPU_ISA must be base, avx2 or avx512, got 'mmx'" in wrong.stderr
+    assert (
+        wrong.returncode and b"FASTPRUNE_CPU_ISA must be base, avx2, avx512 or avx512_bf16, got 'mmx'" in wrong.stderr
+    )
 
 
 def test_build_info_is_json_with_the_facts_doctor_prints():
@@ -167,7 +170,7 @@ def test_guards_around_the_arguments():
 
 
 @pytest.mark.skipif(not MALLOC_DEBUG, reason="needs glibc's libc_malloc_debug")
-@pytest.mark.parametrize("isa", ["base", "avx2", "avx512"])
+@pytest.mark.parametrize("isa", ISAS)
 def test_outputs_and_scratch_under_the_checking_allocator(isa):
     """glibc's checking malloc aborts when the byte after a block, or the header before it, was written over."""
     if isa not in facts["isa_available"]:

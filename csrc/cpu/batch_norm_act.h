@@ -54,5 +54,8 @@ extern const BatchNormActKernels batch_norm_act;
 namespace avx512 {
 extern const BatchNormActKernels batch_norm_act;
 }
+namespace avx512_bf16 {
+extern const BatchNormActKernels batch_norm_act;
+}
 
 }  // namespace fastprune

@@ -2,13 +2,15 @@
 //
 // Both directions are a reduction (sums per channel) followed by a map.  Each is written once, as a body that works on
 // one vector: Moments and Normalize forward, GradSums and GradInput backward.  Two pairs of drivers bring them to
-// memory:
-//   planes  NCHW: runs of H * W elements of one channel; parameters are broadcast.
-//   rows    channels_last: rows of C elements; parameters are vectors.  Narrow rows are folded: F rows of C channels
-//   are
-//           one row of F * C, so that C = 3 fills its vectors.
-// Sums are float within a plane (or 128 rows), double beyond.  Work is cut by shape alone, never by the number of
-// threads, and partial sums are added in a fixed order, so results do not depend on it.
+// memory.  Planes, for NCHW: runs of H * W elements of one channel; parameters are broadcast.  Rows, for channels_last:
+// rows of C elements; parameters are vectors.  Narrow rows are folded, F rows of C channels taken as one row of F * C,
+// so that C = 3 fills its vectors.
+//
+// Each pass goes through memory in order.  Slabs of channels that stay in cache between reduction and map were slower
+// (measured at 12 to 200 MB): their short strides cost more than the second read.
+//
+// Sums are float within a few elements a lane, or 128 rows, and double beyond.  Work is cut by shape alone, never by
+// the number of threads, and partial sums are added in a fixed order, so results do not depend on it.
 #include <stdlib.h>
 
 #include "batch_norm_act.h"
@@ -18,10 +20,10 @@ namespace fastprune {
 namespace FP_ISA {
 namespace {
 
-constexpr int64_t kRun = 256, kSegment = 1024;  // elements of a plane that a float sum, and a sum of those, take
-constexpr int64_t kFlushRows = 128;             // rows that a float sum takes
-constexpr int64_t kAhead = 1024;                // elements of each tensor prefetched at a time
-constexpr int64_t kTaskElements = 64 << 10;     // work worth a task
+constexpr int64_t kRun = 64 * kUnroll;       // elements of a plane that a float sum takes, four a lane; double beyond
+constexpr int64_t kFlushRows = 128;          // rows that a float sum takes
+constexpr int64_t kAhead = 1024;             // elements of each tensor prefetched at a time
+constexpr int64_t kTaskElements = 64 << 10;  // work worth a task
 constexpr int64_t kMaxTasks = 64;
 constexpr int64_t kStreamBytes = 24 << 20;  // outputs of this size and more bypass the caches
 
@@ -121,12 +123,21 @@ struct Moments {
   }
 };
 
+template <bool kStream, class T>
+FP_INLINE void put(T* p, Vec a, All) {
+  kStream ? stream(p, a) : store(p, a);
+}
+template <bool kStream, class T>
+FP_INLINE void put(T* p, Vec a, First n) {
+  store(p, a, n);
+}
+
 template <class T, bool kResidual, bool kRelu, bool kMask, bool kStream>
 struct Normalize {
   const T *x, *residual;
   T* y;
   uint16_t* mask;
-  const Coefficients& k;
+  Coefficients k;
   struct Params {
     Vec mean, scale, bias;
   };
@@ -144,10 +155,8 @@ struct Normalize {
     if (kResidual) z = z + load(residual + i, lanes);
     if (kMask) mask[word] = static_cast<uint16_t>(passes(z) & live(lanes));
     if (kRelu) z = relu(z);
-    put(y + i, z, lanes);
+    put<kStream>(y + i, z, lanes);
   }
-  static FP_INLINE void put(T* p, Vec a, All) { kStream ? stream(p, a) : store(p, a); }
-  static FP_INLINE void put(T* p, Vec a, First n) { store(p, a, n); }
 };
 
 // How the backward knows where the ReLU passed.
@@ -157,13 +166,14 @@ template <class T, Relu kRelu>
 struct Grad {
   const T *x, *dy, *y;
   const uint16_t* mask;
-  const Coefficients& k;
+  Coefficients k;
   struct Params {
-    Vec mean, scale, bias;
+    Vec mean, scale, bias, slope, offset;
   };
   template <class At>
   FP_INLINE Params params(int64_t at) const {
-    return {At::get(k.mean, at), At::get(k.scale, at), kRelu == Relu::kRecompute ? At::get(k.bias, at) : zero()};
+    return {At::get(k.mean, at), At::get(k.scale, at), At::get(k.bias, at), At::get(k.slope, at),
+            At::get(k.offset, at)};
   }
   FP_INLINE void fetch(int64_t i, int64_t n) const {
     prefetch_span(x + i, n);
@@ -197,29 +207,20 @@ struct GradSums : Grad<T, kRelu> {
 template <class T, Relu kRelu, bool kTraining, bool kStream>
 struct GradInput : Grad<T, kRelu> {
   T *dx, *dresidual;
-  struct Params {
-    typename Grad<T, kRelu>::Params z;
-    Vec slope, offset;
-  };
-  template <class At>
-  FP_INLINE Params params(int64_t at) const {
-    const Coefficients& k = this->k;
-    const auto z = Grad<T, kRelu>::template params<At>(at);
-    if (!kTraining) return {z, zero(), zero()};
-    return {z, At::get(k.slope, at), At::get(k.offset, at)};
-  }
+  using Params = typename Grad<T, kRelu>::Params;
   template <class Lanes>
   FP_INLINE void operator()(int64_t i, int64_t word, Lanes lanes, const Params& p) const {
-    const Vec d = load(this->x + i, lanes) - p.z.mean;
-    const Vec g = this->dz(i, word, lanes, p.z, d);
-    if (dx) put(dx + i, kTraining ? fma(g, p.z.scale, fma(d, p.slope, p.offset)) : g * p.z.scale, lanes);
-    if (kRelu != Relu::kNone && dresidual) put(dresidual + i, g, lanes);
+    const Vec d = load(this->x + i, lanes) - p.mean;
+    const Vec g = this->dz(i, word, lanes, p, d);
+    if (dx) put<kStream>(dx + i, kTraining ? fma(g, p.scale, fma(d, p.slope, p.offset)) : g * p.scale, lanes);
+    if ((kRelu == Relu::kMask || kRelu == Relu::kOutput) && dresidual) put<kStream>(dresidual + i, g, lanes);
   }
-  static FP_INLINE void put(T* p, Vec a, All) { kStream ? stream(p, a) : store(p, a); }
-  static FP_INLINE void put(T* p, Vec a, First n) { store(p, a, n); }
 };
 
 // ---- drivers ----
+//
+// They take bodies by value: stores through vector types may alias anything, so that the pointers in a body would be
+// loaded again after each store.
 
 // f(offset, which of kUnroll sums, lanes) for the vectors of a run of `size` elements.
 template <class F>
@@ -251,12 +252,12 @@ class Ahead {
   }
 
  private:
-  const Body& body_;
+  const Body body_;
   int64_t fetched_;
 };
 
 template <class Body>
-void map_planes(const Planes& v, const Body& body) {
+void map_planes(const Planes v, const Body body) {
   Ahead<Body> ahead(body, v.begin * v.pixels);
   int64_t c = v.begin % v.channels;
   for (int64_t plane = v.begin; plane < v.end; ++plane) {
@@ -274,15 +275,29 @@ void map_planes(const Planes& v, const Body& body) {
 
 struct Sums {
   Vec s = zero(), q = zero();
-  FP_INLINE void add(const Sums& other) {
-    s = s + other.s;
-    q = q + other.q;
-  }
+  FP_INLINE Sums operator+(const Sums& other) const { return {s + other.s, q + other.q}; }
 };
+template <int kCount>
+FP_INLINE Sums add_up(const Sums* sums) {
+  if constexpr (kCount == 1)
+    return sums[0];
+  else
+    return add_up<kCount / 2>(sums) + add_up<kCount / 2>(sums + kCount / 2);
+}
+
+// Sums over `size` elements of one channel.
+template <class Body>
+FP_INLINE Sums reduce_run(const Body& body, int64_t first, int64_t word, int64_t size, const typename Body::Params& p) {
+  Sums sums[kUnroll];
+  for_vectors(size, [&](int64_t i, int k, auto lanes) __attribute__((always_inline)) {
+    body(first + i, word + i / kLanes, lanes, p, sums[k].s, sums[k].q);
+  });
+  return add_up<kUnroll>(sums);
+}
 
 // sink(plane, channel, sum, sum) for every plane, in order.
 template <class Body, class Sink>
-void reduce_planes(const Planes& v, const Body& body, const Sink& sink) {
+void reduce_small_planes(const Planes v, const Body body, const Sink& sink) {
   Vec s[kLanes], q[kLanes];  // of the last planes: the lanes of 16 of them are added up together
   int64_t done = v.begin, done_c = v.begin % v.channels;
   const auto flush = [&](int64_t end) {
@@ -298,35 +313,35 @@ void reduce_planes(const Planes& v, const Body& body, const Sink& sink) {
   Ahead<Body> ahead(body, v.begin * v.pixels);
   int64_t c = done_c;
   for (int64_t plane = v.begin; plane < v.end; ++plane) {
-    const auto p = body.template params<Broadcast>(c);
-    const auto run = [&](int64_t start, int64_t size) __attribute__((always_inline)) {
-      const int64_t first = plane * v.pixels + start, word = plane * v.words + start / kLanes;
-      ahead.at(first);
-      Sums sums[kUnroll];
-      for_vectors(size, [&](int64_t i, int k, auto lanes) __attribute__((always_inline)) {
-        body(first + i, word + i / kLanes, lanes, p, sums[k].s, sums[k].q);
-      });
-      for (int k = kUnroll / 2; k; k /= 2)
-        for (int j = 0; j < k; ++j) sums[j].add(sums[j + k]);
-      return sums[0];
-    };
-    Sums total;
-    if (v.pixels <= kRun) {
-      total = run(0, v.pixels);
-    } else {  // three levels of sums: rounding errors stay near those of a tree
-      for (int64_t start = 0; start < v.pixels;) {
-        Sums segment;
-        for (const int64_t end = min(start + kSegment, v.pixels); start < end; start += kRun)
-          segment.add(run(start, min(kRun, end - start)));
-        total.add(segment);
-      }
-    }
-    s[plane - done] = total.s;
-    q[plane - done] = total.q;
+    ahead.at(plane * v.pixels);
+    const Sums sums = reduce_run(body, plane * v.pixels, plane * v.words, v.pixels, body.template params<Broadcast>(c));
+    s[plane - done] = sums.s;
+    q[plane - done] = sums.q;
     if (plane + 1 - done == kLanes) flush(plane + 1);
     if (++c == v.channels) c = 0;
   }
   flush(v.end);
+}
+
+template <class Body, class Sink>
+void reduce_large_planes(const Planes v, const Body body, const Sink& sink) {
+  Ahead<Body> ahead(body, v.begin * v.pixels);
+  int64_t c = v.begin % v.channels;
+  for (int64_t plane = v.begin; plane < v.end; ++plane) {
+    const auto p = body.template params<Broadcast>(c);
+    double s[kLanes] = {}, q[kLanes] = {};
+    for (int64_t start = 0; start < v.pixels; start += kRun) {
+      const int64_t first = plane * v.pixels + start;
+      ahead.at(first);
+      const Sums sums = reduce_run(body, first, plane * v.words + start / kLanes, min(kRun, v.pixels - start), p);
+      add_to(s, sums.s);
+      add_to(q, sums.q);
+    }
+    for (int k = kLanes / 2; k; k /= 2)
+      for (int j = 0; j < k; ++j) s[j] += s[j + k], q[j] += q[j + k];
+    sink(plane, c, s[0], q[0]);
+    if (++c == v.channels) c = 0;
+  }
 }
 
 struct Rows {
@@ -363,7 +378,7 @@ FP_INLINE void for_blocks(const Rows& v, const Body& body, const F& f) {
 }
 
 template <class Body>
-void map_rows(const Rows& all, const Body& body) {
+void map_rows(const Rows& all, const Body body) {
   for_blocks(all, body, [&](const Rows& v, int64_t at, auto count, auto lanes) __attribute__((always_inline)) {
     constexpr int kCount = decltype(count)::value;
     typename Body::Params p[kCount];
@@ -376,7 +391,7 @@ void map_rows(const Rows& all, const Body& body) {
 
 // Adds the sums of each column to s and q.
 template <class Body>
-void reduce_rows(const Rows& all, const Body& body, float* s, float* q) {
+void reduce_rows(const Rows& all, const Body body, float* s, float* q) {
   for_blocks(all, body, [&](const Rows& v, int64_t at, auto count, auto lanes) __attribute__((always_inline)) {
     constexpr int kCount = decltype(count)::value;
     typename Body::Params p[kCount];
@@ -545,11 +560,15 @@ class Call {
     double *s = sums[0] + task * stride, *q = sums[1] + task * stride;
     for (int64_t i = 0; i < stride; ++i) s[i] = q[i] = 0;
     if (!plan.rows) {
-      reduce_planes(planes_of(task), body, [&](int64_t plane, int64_t c, float plane_s, float plane_q) {
+      const auto sink = [&](int64_t plane, int64_t c, double plane_s, double plane_q) {
         s[c] += plane_s;
         q[c] += plane_q;
-        if (gate_grad) gate_grad[plane] = plane_q * k.scale[c] + plane_s * k.bias[c];
-      });
+        if (gate_grad) gate_grad[plane] = static_cast<float>(plane_q * k.scale[c] + plane_s * k.bias[c]);
+      };
+      if (a.pixels <= kRun)
+        reduce_small_planes(planes_of(task), body, sink);
+      else
+        reduce_large_planes(planes_of(task), body, sink);
       return;
     }
     Scratch local(2 * Scratch::bytes<float>(padded));
@@ -630,7 +649,7 @@ struct Forward : Call<T> {
       for (int64_t c = 0; c < C; ++c) set_channel(c, get(f.running_mean, c), get(f.running_var, c));
     }
     this->spread_coefficients();
-    plan.stream ? normalize<true>() : normalize<false>();
+    plan.stream ? normalize<kCanStream>() : normalize<false>();
   }
 
   // Any value near the mean will do: the mean of a few elements.
@@ -757,10 +776,10 @@ struct Backward : Call<T> {
     if (!b.dx && !b.dresidual) return;
     this->spread(k.slope);
     this->spread(k.offset);
-    if (b.training)
-      plan.stream ? differentiate<kRelu, true, true>(grad) : differentiate<kRelu, true, false>(grad);
+    if (!b.training)
+      differentiate<kRelu, false, false>(grad);
     else
-      plan.stream ? differentiate<kRelu, false, true>(grad) : differentiate<kRelu, false, false>(grad);
+      plan.stream ? differentiate<kRelu, true, kCanStream>(grad) : differentiate<kRelu, true, false>(grad);
   }
 
   void finish(int64_t c) {

@@ -13,9 +13,15 @@ namespace {
 using OptionalTensor = std::optional<Tensor>;
 
 const BatchNormActKernels& kernels() {
-  static const BatchNormActKernels& k =
-      for_this_cpu(base::batch_norm_act, avx2::batch_norm_act, avx512::batch_norm_act);
-  return k;
+  static const BatchNormActKernels* const tables[kIsaCount] = {
+      &base::batch_norm_act,
+#if defined(__x86_64__)
+      &avx2::batch_norm_act,
+      &avx512::batch_norm_act,
+      &avx512_bf16::batch_norm_act,
+#endif
+  };
+  return *tables[cpu_isa()];
 }
 
 bool is_channels_last(const Tensor& x) {

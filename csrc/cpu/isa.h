@@ -2,15 +2,12 @@
 
 namespace fastprune {
 
-enum class Isa { kBase, kAvx2, kAvx512 };
+// Instruction sets that csrc/cpu/*_kernel.cpp are compiled for, each in a namespace of its name; ISA in setup.py has
+// the compiler flags.
+enum Isa { kBase, kAvx2, kAvx512, kAvx512Bf16, kIsaCount };
+constexpr const char* kIsaNames[kIsaCount] = {"base", "avx2", "avx512", "avx512_bf16"};
 
-// The widest instruction set of this CPU, or the one named by FASTPRUNE_CPU_ISA=base|avx2|avx512.
+// The last of them that this CPU has, or the one named by FASTPRUNE_CPU_ISA.
 Isa cpu_isa();
-
-template <class Kernels>
-const Kernels& for_this_cpu(const Kernels& base, const Kernels& avx2, const Kernels& avx512) {
-  const Isa isa = cpu_isa();
-  return isa == Isa::kAvx512 ? avx512 : isa == Isa::kAvx2 ? avx2 : base;
-}
 
 }  // namespace fastprune

@@ -50,6 +50,7 @@ FP_INLINE void copy_bytes(void* to, const void* from, int bytes) {
 
 constexpr int kGroup = 4;   // vectors of a row whose parameters and sums stay in registers together
 constexpr int kUnroll = 4;  // independent sums of a plane
+constexpr bool kCanStream = true;
 
 struct Vec {
   __m512 v;
@@ -66,8 +67,10 @@ FP_INLINE Vec keep(Vec a, uint32_t bits) { return {_mm512_maskz_mov_ps(static_ca
 FP_INLINE Vec keep_where_passes(Vec a, Vec z) { return keep(a, passes(z)); }
 
 FP_INLINE Vec widen(__m256i h) { return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(h), 16))}; }
-// Round to nearest even in integers: not every AVX-512 machine has AVX512_BF16, and VCVTNEPS2BF16 flushes denormals.
-FP_INLINE __m256i narrow(Vec a) {
+#if defined(__AVX512BF16__)
+FP_INLINE __m256i narrow(Vec a) { return reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(a.v)); }
+#else
+FP_INLINE __m256i narrow(Vec a) {  // round to nearest even, in integers
   const __m512i u = _mm512_castps_si512(a.v);
   const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(u, 16), _mm512_set1_epi32(1));
   const __m512i rounded = _mm512_add_epi32(_mm512_add_epi32(u, _mm512_set1_epi32(0x7fff)), odd);
@@ -75,6 +78,7 @@ FP_INLINE __m256i narrow(Vec a) {
   return _mm512_cvtepi32_epi16(
       _mm512_srli_epi32(_mm512_mask_mov_epi32(rounded, nan, _mm512_set1_epi32(0x7fc00000)), 16));
 }
+#endif
 FP_INLINE Vec load(const float* p, All = {}) { return {_mm512_loadu_ps(p)}; }
 FP_INLINE Vec load(const float* p, First n) { return {_mm512_maskz_loadu_ps(static_cast<__mmask16>(live(n)), p)}; }
 FP_INLINE Vec load(const BFloat16* p, All = {}) {
@@ -119,6 +123,7 @@ FP_INLINE void lane_sums(const Vec v[kLanes], float* out) {
 
 constexpr int kGroup = 2;
 constexpr int kUnroll = 2;
+constexpr bool kCanStream = true;
 
 struct Vec {
   __m256 lo, hi;
@@ -225,6 +230,7 @@ FP_INLINE void lane_sums(const Vec v[kLanes], float* out) {
 
 constexpr int kGroup = 1;
 constexpr int kUnroll = 1;
+constexpr bool kCanStream = false;
 
 typedef float Float4 __attribute__((vector_size(16)));
 typedef int32_t Int4 __attribute__((vector_size(16)));
