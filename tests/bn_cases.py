@@ -164,8 +164,6 @@ def definition(call: Call) -> dict:
     dz = call.dy * (before > 0) if v.act else call.dy
     results["gate_grad"] = (dz * z).sum((2, 3))
     results["before_act"] = before
-    results["dweight terms"] = (dz * xhat).square().sum((0, 2, 3)).sqrt()
-    results["dbias terms"] = dz.square().sum((0, 2, 3)).sqrt()
     return {name: t.detach() for name, t in results.items()}
 
 
@@ -220,11 +218,7 @@ def ours(call: Call, dtype: torch.dtype, backend: str, device: str = "cpu") -> d
 
 
 def assert_as_good_as_eager(got: dict, eager: dict, exact: dict, dtype: torch.dtype) -> None:
-    """The error against float64 may be at most twice that of plain PyTorch in the same dtype.
-
-    Sums over a channel may be off by the rounding of their terms as well: with one channel, PyTorch's error is a single
-    draw from that noise, which now and then is next to nothing.
-    """
+    """The error against float64 may be at most twice that of plain PyTorch in the same dtype."""
     wrong = []
     for name in got:
         g, e, x = (side[name].double().cpu() for side in (got, eager, exact))
@@ -233,8 +227,6 @@ def assert_as_good_as_eager(got: dict, eager: dict, exact: dict, dtype: torch.dt
             continue
         error, limit = (g - x).abs().max().item(), 2 * (e - x).abs().max().item()
         limit += 4 * torch.finfo(dtype).eps * max(1.0, x.abs().max().item())
-        if f"{name} terms" in exact and dtype == torch.float32:
-            limit += torch.finfo(dtype).eps * exact[f"{name} terms"].max().item()
         if not error <= limit:
             where = tuple(int(i) for i in torch.unravel_index((g - x).abs().nan_to_num(torch.inf).argmax(), x.shape))
             wrong.append(f"{name}: error {error:.3e} against float64, limit {limit:.3e}, at {where}")

@@ -37,15 +37,21 @@ def params(*lists, keep=lambda *combination: True):
     ]
 
 
-@functools.lru_cache(maxsize=4)  # the same call is checked for several backends, one after the other
-def reference(variant, shape, dtype, layout):
-    call = make_call(variant, shape, dtype, layout)
+@functools.lru_cache(maxsize=16)  # the same call is checked for several backends, one after the other
+def reference(variant, shape, dtype, layout, seed):
+    call = make_call(variant, shape, dtype, layout, seed)
     return call, definition(call), plain_pytorch(call, dtype)
 
 
 def check(variant, shape, dtype, layout, backend):
-    call, exact, eager = reference(variant, shape, dtype, layout)
-    assert_as_good_as_eager(ours(call, dtype, backend, device_for(backend)), eager, exact, dtype)
+    # One channel is one draw of PyTorch's rounding error, now and then next to nothing: then the worst of four counts.
+    sides = [], [], []
+    for seed in range(4 if shape[1] == 1 else 1):
+        call, exact, eager = reference(variant, shape, dtype, layout, seed)
+        for side, results in zip(sides, (ours(call, dtype, backend, device_for(backend)), eager, exact), strict=True):
+            side.append({name: t.cpu() for name, t in results.items()})
+    got, eager, exact = ({name: torch.stack([r[name] for r in side]) for name in side[0]} for side in sides)
+    assert_as_good_as_eager(got, eager, exact, dtype)
 
 
 EVERY_DTYPE = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
