@@ -25,7 +25,7 @@ constexpr int64_t kFlushRows = 128;          // rows that a float sum takes
 constexpr int64_t kAhead = 1024;             // elements of each tensor prefetched at a time
 constexpr int64_t kTaskElements = 64 << 10;  // work worth a task
 constexpr int64_t kMaxTasks = 64;
-constexpr int64_t kStreamBytes = 24 << 20;  // outputs of this size and more bypass the caches
+constexpr int64_t kStreamBytes = 12 << 20;  // outputs of this size and more bypass the caches
 
 struct Range {
   int64_t begin, end;
