@@ -22,7 +22,7 @@ ISA = {
     "avx512_bf16": [*AVX512, "-mavx512bf16"],
 }
 if platform.machine() not in ("x86_64", "AMD64"):
-    ISA = dict.fromkeys(ISA, [])  # other processors have none of these flags; run-time dispatch takes "base" there
+    ISA = {isa: [] for isa in ISA}  # other processors have none of these flags; run-time dispatch takes "base" there
 CXX = [
     *("-O3", "-g0", "-std=c++17", "-fvisibility=hidden", "-Wall", "-Wextra"),
     "-DTORCH_TARGET_VERSION=0x020a000000000000",  # stable ABI of torch 2.10: one binary for that and every later torch
