@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import cache, partial
 from importlib import import_module
@@ -23,7 +23,12 @@ from fastprune.errors import BackendError, did_you_mean
 PREFERENCE: dict[str, dict[str, tuple[str, ...]]] = {
     # op                        on cuda tensors                on cpu tensors
     "batch_norm_act": {"cuda": ("triton", "eager"), "cpu": ("cpp", "eager")},
+    "channel_gate": {"cuda": ("triton", "eager"), "cpu": ("cpp", "eager")},
+    "filter_norm": {"cuda": ("triton", "eager"), "cpu": ("cpp", "eager")},
+    "gate_sums": {"cuda": ("triton", "eager"), "cpu": ("cpp", "eager")},
+    "masked_conv2d": {"cuda": ("triton", "eager"), "cpu": ("cpp", "eager")},
     "scale_penalty": {"cuda": ("triton", "eager"), "cpu": ("cpp", "eager")},
+    "weight_taylor": {"cuda": ("triton", "eager"), "cpu": ("cpp", "eager")},
 }
 
 INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"  # tests only: Triton kernels on CPU tensors, by interpretation
@@ -69,7 +74,7 @@ def define(
                 _lib.impl(f"{function}.triton", _lazy(f"fastprune.kernels.{op}", function), device.upper())
     for backend in ("cpp", "cuda", "triton"):
         for device in ("cpu", "cuda"):
-            _missing[op, backend, device] = _find_kernel(op, backend, device)
+            _missing[op, backend, device] = _find_kernel(schemas, backend, device)
 
 
 def _lazy(module: str, name: str) -> Callable:
@@ -77,11 +82,12 @@ def _lazy(module: str, name: str) -> Callable:
     return lambda *args: load()(*args)
 
 
-def _find_kernel(op: str, backend: str, device: str) -> str | None:
-    """Why ``backend`` has no kernel of ``op`` for ``device``; None when it has one."""
+def _find_kernel(functions: Iterable[str], backend: str, device: str) -> str | None:
+    """Why ``backend`` has no kernel of an op made of ``functions`` for ``device``; None when it has one."""
     if device not in _DEVICES[backend]:
         return f"it runs on {' or '.join(_DEVICES[backend])} tensors"
-    if torch._C._dispatch_has_kernel_for_dispatch_key(f"fastprune::{op}.{backend}", device.upper()):
+    has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
+    if any(has_kernel(f"fastprune::{function}.{backend}", device.upper()) for function in functions):
         return None
     if backend == "triton":
         return "triton is not installed"

@@ -79,13 +79,53 @@ def _batch_norm_act(inputs: list[Tensor], backend: str) -> list[Tensor]:
     return [y, *torch.autograd.grad(y, leaves, dy)]
 
 
+def _channel_gate(inputs: list[Tensor], backend: str) -> list[Tensor]:
+    x, _, dy, gate, _ = inputs
+    x, gate = x.clone().requires_grad_(), gate.clone().requires_grad_()
+    grad, magnitude = x.detach().new_zeros(2, *x.shape[:2])
+    y = ops.channel_gate(x, gate, gate_grad=grad, gate_abs=magnitude, backend=backend)
+    return [y, *torch.autograd.grad(y, (x, gate), dy), grad, magnitude]
+
+
 def _scale_penalty(inputs: list[Tensor], backend: str) -> list[Tensor]:
     weight, bias = (t.clone().requires_grad_() for t in inputs[3:])
     value = ops.scale_penalty([weight, bias], "rni", 3.0, backend=backend)
     return [value, *torch.autograd.grad(value, (weight, bias))]
 
 
-CHECKS = {"batch_norm_act": _batch_norm_act, "scale_penalty": _scale_penalty}
+def _filter_norm(inputs: list[Tensor], backend: str) -> list[Tensor]:
+    size = inputs[0][0].numel()  # means are around 1, where sums are not
+    return [ops.filter_norm(inputs[:2], kind, dim, backend) / size for kind in ("l1", "l2", "sum") for dim in (0, 1)]
+
+
+def _weight_taylor(inputs: list[Tensor], backend: str) -> list[Tensor]:
+    return [ops.weight_taylor(inputs[:2], inputs[1:3], backend) / inputs[0][0].numel()]
+
+
+def _masked_conv2d(inputs: list[Tensor], backend: str) -> list[Tensor]:
+    x, other, dy, scales, bias = inputs
+    weight = scales.outer(bias)[:, :, None, None] * other[0, :, :3, :3] / 19
+    leaves = [t.clone().requires_grad_() for t in (x / 10, weight, bias)]
+    masks = [torch.arange(19, device=x.device) % k > 0 for k in (2, 3)]
+    y = ops.masked_conv2d(*leaves, in_mask=masks[0], out_mask=masks[1], padding=1, backend=backend)
+    return [y, *torch.autograd.grad(y, leaves, dy)]
+
+
+def _gate_sums(inputs: list[Tensor], backend: str) -> list[Tensor]:
+    slots = inputs[0].flatten(1)[:, :19].contiguous()
+    columns = torch.arange(19, device=slots.device).flip(0)
+    return [ops.gate_sums(slots, columns, columns.new_tensor([0, 3, 10, 19]), backend) / len(slots)]
+
+
+CHECKS = {
+    "batch_norm_act": _batch_norm_act,
+    "channel_gate": _channel_gate,
+    "filter_norm": _filter_norm,
+    "gate_sums": _gate_sums,
+    "masked_conv2d": _masked_conv2d,
+    "scale_penalty": _scale_penalty,
+    "weight_taylor": _weight_taylor,
+}
 
 
 def _usable(backend: str) -> bool:

@@ -17,11 +17,12 @@ There is no symbolic tracing: control flow, hooks and custom modules run as they
 
 from __future__ import annotations
 
+import math
 import random
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, NamedTuple
 
@@ -29,8 +30,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from fastprune import backends
 from fastprune.errors import GraphError, did_you_mean
 from fastprune.labels import Row, Tracer, pointwise, register_rule
+from fastprune.nn import MaskedConv2d
 from fastprune.surgery import TOLERANCE, call, compare, leaves, map_tensors
 
 __all__ = ["ChannelGraph", "Group", "Index", "pointwise", "register_rule", "trace"]
@@ -77,10 +80,14 @@ class Group:
         """``(tensor name, dim) -> Index`` for every parameter and buffer that shrinks with the group."""
         index = {}
         for row in self.rows:
-            channel = self.channel_of[row.start : row.start + row.size] - self.base
-            position = np.flatnonzero((channel >= 0) & (channel < self.size))
-            index[row.name, row.dim] = Index(torch.from_numpy(position), torch.from_numpy(channel[position]))
+            index[row.name, row.dim] = self.where(self.channel_of[row.start : row.start + row.size])
         return index
+
+    def where(self, channels: np.ndarray) -> Index:
+        """Where the group's channels are in a vector of the graph's channel numbers, such as ``Output.channels``."""
+        channel = channels - self.base
+        position = np.flatnonzero((channel >= 0) & (channel < self.size))
+        return Index(torch.from_numpy(position), torch.from_numpy(channel[position]))
 
     @property
     def coupled(self) -> bool:
@@ -93,6 +100,18 @@ class Group:
         return values.new_zeros(self.size).index_add_(0, channel, values[position])
 
 
+class Output(NamedTuple):
+    """Channels of what a module returns: number of the channel over all groups per index, int64, -1 = frozen.
+
+    ``is_sum``: it ends a residual block, as the sum of two activations or a pointwise function of it.  ``last``: the
+    last module to return the same tensor, which it may have changed in place.
+    """
+
+    channels: np.ndarray
+    is_sum: bool
+    last: str
+
+
 @dataclass(frozen=True)
 class ChannelGraph:
     """The groups of a model.  Plain data: holds no module and no parameter.
@@ -102,12 +121,16 @@ class ChannelGraph:
         frozen: What was left alone and why: layer name, or name of an op without a rule, to one line of text.
         norm_after: Convolution or linear layer to the first norm that reads exactly its output channels.
         train_error: Why the forward in training mode could not run, or None if it did.
+        stems: Convolutions and linear layers that read the network's input.
+        outputs: Module that runs once and returns a tensor of prunable channels, to these channels.
     """
 
     groups: dict[str, Group]
     frozen: dict[str, str]
     norm_after: dict[str, str]
     train_error: str | None
+    stems: frozenset[str]
+    outputs: dict[str, Output] = field(repr=False)
     rows: tuple[Row, ...] = field(repr=False)
     channel_of: np.ndarray = field(repr=False)  # per label: number of its channel, counted over all groups; -1 = frozen
     norm_means: frozenset[str] = field(repr=False)  # names of running means, which mask_ zeroes
@@ -163,6 +186,35 @@ class ChannelGraph:
                     f"{row.dim}, got {got}; trace the model again"
                 )
         return tensors
+
+    def parameters_after(self, model: nn.Module, keep: Keep) -> int:
+        """Elements of all ``nn.Parameter`` of the model that :func:`fastprune.compact.compact` makes with ``keep``."""
+        plan, count = self.kept(keep), 0
+        for name, p in model.named_parameters():
+            left = dict(enumerate(p.shape)) | {dim: len(stays) for dim, stays in plan.get(name, {}).items()}
+            count += math.prod(left.values())
+        return count
+
+    def after(self, keep: Keep) -> ChannelGraph:
+        """The graph of the model that :func:`fastprune.compact.compact` makes with ``keep``, without tracing again."""
+        checked = self.check_keep(keep)
+        masks = [checked[g.name].numpy() if g.name in checked else np.ones(g.size, bool) for g in self.groups.values()]
+        stays = np.concatenate([*masks, [True]])
+        number = np.append(np.cumsum(stays[:-1]) - 1, -1)  # old number of a channel -> new one; frozen ones stay -1
+        labels = stays[self.channel_of]
+        before = np.concatenate([[0], np.cumsum(labels)])
+        rows = {
+            r: r._replace(start=int(before[r.start]), size=int(before[r.start + r.size] - before[r.start]))
+            for r in self.rows
+        }
+        channel_of, groups, base = number[self.channel_of[labels]], {}, 0
+        for group, mask in zip(self.groups.values(), masks, strict=True):
+            touched = tuple(rows[r] for r in group.rows)
+            size = int(mask.sum())
+            groups[group.name] = replace(group, size=size, rows=touched, channel_of=channel_of, base=base)
+            base += size
+        outputs = {name: o._replace(channels=number[o.channels[stays[o.channels]]]) for name, o in self.outputs.items()}
+        return replace(self, groups=groups, outputs=outputs, rows=tuple(rows.values()), channel_of=channel_of)
 
     @torch.no_grad()
     def mask_(self, model: nn.Module, keep: Keep) -> None:
@@ -276,11 +328,13 @@ def trace(model: nn.Module, example_inputs: Any, *, strict: bool | None = None) 
 def _trace(model: nn.Module, example_inputs: Any, strict: bool) -> tuple[Tracer, ChannelGraph, set[str]]:
     """Watch the model once; also returns the modules whose parameters no op has read."""
     tracer = Tracer(strict)
-    kernels = {id(m.weight) for m in model.modules() if isinstance(m, nn.modules.conv._ConvNd)}
+    convs = [m for m in model.modules() if isinstance(m, nn.modules.conv._ConvNd)]
+    masks = {id(b) for m in convs if isinstance(m, MaskedConv2d) for b in m.buffers(recurse=False)}  # cut like weights
+    kernels = {id(m.weight) for m in convs} | masks
     with undisturbed(model), torch.no_grad():
         try:
             for name, t in _named_tensors(model):
-                if t.is_floating_point():
+                if t.is_floating_point() or id(t) in masks:
                     # the extent of a kernel is not a channel axis, and following it would only cost time
                     tracer.add(name, t, dims=2 if id(t) in kernels else t.dim())
             train_error = _watch(tracer, model, example_inputs)
@@ -312,7 +366,9 @@ def _watch(tracer: Tracer, model: nn.Module, example_inputs: Any) -> str | None:
             tracer.add_input(t)
         model.train(training)
         try:
-            with tracer:
+            # masked_conv2d in eager is made of ops that have rules, masks included
+            noted = _outputs_noted(tracer, model, enabled=not training)
+            with tracer, noted, backends.force("eager", "masked_conv2d"):
                 out = call(model, inputs)
         except Exception as e:
             if not training:
@@ -323,6 +379,25 @@ def _watch(tracer: Tracer, model: nn.Module, example_inputs: Any) -> str | None:
             raise GraphError(f"trace: expected the model to return tensors, got {type(out).__name__}")
         tracer.freeze_all(outputs, "it is an output of the model")
     return None
+
+
+@contextmanager
+def _outputs_noted(tracer: Tracer, model: nn.Module, enabled: bool) -> Iterator[None]:
+    if not enabled:
+        yield
+        return
+    names = {id(m): name for name, m in model.named_modules()}
+
+    def leave(m: nn.Module, _: Any, out: Any) -> None:
+        if id(m) in names:
+            tracer.output(names[id(m)], out)
+
+    # for all modules at once: a module with a hook of its own might take another way (see fastprune.nn.fuse)
+    handle = nn.modules.module.register_module_forward_hook(leave)
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 def _components(size: int, pairs: list[tuple[Tensor, Tensor]]) -> np.ndarray:
@@ -348,7 +423,7 @@ def _assemble(tracer: Tracer, model: nn.Module, train_error: str | None) -> Chan
     owner = [r.name.rpartition(".")[0] for r in rows]
     order = {name: i for i, (name, _) in enumerate(model.named_modules())}
     place = [(order.get(name, -1), r) for r, name in enumerate(owner)]  # sorts rows by module, then parameter
-    having: dict[str, set[int]] = {role: set() for role in ("producer", "depthwise", "norm", "consumer")}
+    having: dict[str, set[int]] = {role: set() for role in ("producer", "depthwise", "norm", "consumer", "stem")}
     for role, r in tracer.roles:
         having[role].add(r)
 
@@ -402,7 +477,27 @@ def _assemble(tracer: Tracer, model: nn.Module, train_error: str | None) -> Chan
             frozen.setdefault(owner[r], why[int(root[row.start + stuck[0]])] + part)
     norm_after = {owner[r]: owner[norm] for r, norm in tracer.norm_after.items() if r in made}
     means = frozenset(rows[r].name for r in tracer.norm_means)
-    return ChannelGraph(groups, frozen, norm_after, train_error, tuple(rows), channel_of, means)
+    stems = frozenset(owner[r] for r in having["stem"])
+    outputs = _outputs(tracer, channel_of)
+    return ChannelGraph(groups, frozen, norm_after, train_error, stems, outputs, tuple(rows), channel_of, means)
+
+
+def _outputs(tracer: Tracer, channel_of: np.ndarray) -> dict[str, Output]:
+    """Of modules that ran once; where several return one tensor as it is, only the innermost ends the block."""
+    outputs, ends, last = {}, set(), {}
+    for name, calls in tracer.outputs.items():  # children come before their parents
+        if len(calls) != 1 or calls[0] is None:
+            continue
+        labels, is_sum, marks = calls[0]
+        channels = channel_of[labels.numpy()]
+        if (channels >= 0).any():
+            outputs[name] = Output(channels, is_sum and id(marks) not in ends, name)
+            ends |= {id(marks)} if is_sum else set()
+            last[id(marks), is_sum] = name
+    return {
+        name: out._replace(last=last[id(tracer.outputs[name][0][2]), tracer.outputs[name][0][1]])
+        for name, out in outputs.items()
+    }
 
 
 def _by_signature(rows: list[Row], root: np.ndarray, frozen: np.ndarray) -> list[tuple[list[int], list[int]]]:

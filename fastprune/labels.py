@@ -41,11 +41,13 @@ class Marks:
         another way, where it need not be.  DATA: depends on the input.  NOISE: random numbers, of whatever shape the
         tensor they meet has (the masks of channel-wise dropout).
     used: some op has read it.
+    is_sum: the sum of two activations, as at the end of a residual block, or a pointwise function of one.
     """
 
     axes: dict[int, Tensor]
     kind: str
     used: bool = False
+    is_sum: bool = False
 
 
 UNMARKED = Marks({}, COMPUTED)
@@ -115,6 +117,7 @@ class Tracer(TorchDispatchMode):
         self.roles: dict[tuple[str, int], None] = {}  # (role, row number), in order of the forward
         self.norm_after: dict[int, int] = {}  # row number of a producer -> row number of the norm's parameter
         self.norm_means: set[int] = set()
+        self.outputs: dict[str, list[tuple[Tensor, bool, Marks] | None]] = {}  # by module, one entry a call
         self.assumed = False  # that some view or split gets its sizes from the tensor
         self.unknown: dict[str, str] = {}  # op -> what is the matter with it
 
@@ -144,6 +147,13 @@ class Tracer(TorchDispatchMode):
         return unread
 
     # For rules
+
+    def output(self, name: str, out: Any) -> None:
+        """Note what a module returned: the labels of its channels, and whether it is the end of a residual block."""
+        marks = getattr(out, ATTRIBUTE, None)
+        channels = marks.axes.get(1) if marks is not None and out.dim() > 1 else None
+        # marks live as long as their tensor, and here longer: the same marks are the same tensor
+        self.outputs.setdefault(name, []).append(None if channels is None else (channels, marks.is_sum, marks))
 
     def axes(self, t: Tensor) -> dict[int, Tensor]:
         """Labels of ``t``: axis -> int64 vector, one label per index.  Axes that are not followed are absent."""
@@ -231,7 +241,7 @@ class Tracer(TorchDispatchMode):
             self.label(t, mine)
 
     def role(self, role: str, labels: Tensor | None) -> int:
-        """Note what an op does with a parameter dimension: "producer", "consumer", "depthwise" or "norm"."""
+        """Note what an op does with a parameter dimension: "producer", "consumer", "depthwise", "norm" or "stem"."""
         row = -1 if labels is None else self.row(labels)
         if row >= 0:
             self.roles[role, row] = None
@@ -291,7 +301,16 @@ class Tracer(TorchDispatchMode):
                 known.kind = kind
         if followed:
             self._apply(rule, call)
+            is_sum = self._is_sum(rule, call)
+            for t in call.outs:
+                getattr(t, ATTRIBUTE).is_sum = is_sum
         return out
+
+    def _is_sum(self, rule: Rule | None, call: Call) -> bool:
+        streams = [self._marks(t) for t in call.ins if self.kind(t) == DATA and 1 in self.axes(t)]
+        if len(streams) == 2:
+            return call.name.rstrip("_") in ("aten::add", "fastprune::batch_norm_act")
+        return rule is pointwise and len(streams) == 1 and streams[0].is_sum
 
     @staticmethod
     def _kind_of(call: Call, rule: Rule | None, kinds: set[str], followed: bool) -> str:
@@ -299,7 +318,8 @@ class Tracer(TorchDispatchMode):
             return NOISE
         if DATA in kinds:
             return DATA
-        return WEIGHT if WEIGHT in kinds and rule in _KEEPS_ZEROS else COMPUTED
+        keeps_zeros = rule in _KEEPS_ZEROS or (call.name == "aten::masked_fill" and call.arg("value") == 0)
+        return WEIGHT if WEIGHT in kinds and keeps_zeros else COMPUTED
 
     def _apply(self, rule: Rule | None, call: Call) -> None:
         if rule is None:
@@ -458,6 +478,8 @@ def _convolution(tracer: Tracer, call: Call) -> None:
         _contract(tracer, x, 1, w, columns)
         out = tracer.tie((w, rows), (bias, 0))
         tracer.role("producer", tracer.axes(w).get(rows))
+        if 1 not in tracer.axes(x):
+            tracer.role("stem", tracer.axes(w).get(rows))
     elif transposed:
         tracer.freeze_all(call.ins, "grouped transposed convolution has no rule")
         out = None
@@ -509,6 +531,8 @@ def _matmul(tracer: Tracer, call: Call) -> None:
     else:
         _contract(tracer, a, k, b, n)
         tracer.role("producer", tracer.axes(b).get(m) if tracer.kind(b) == WEIGHT else None)
+        if k not in tracer.axes(a) and tracer.kind(b) == WEIGHT:
+            tracer.role("stem", tracer.axes(b).get(m))
     axes = {n: tracer.axes(a).get(n), m: tracer.axes(b).get(m)}
     if a.dim() == 3:
         axes[0] = tracer.tie((a, 0), (b, 0))
@@ -549,6 +573,12 @@ def _batch_norm_act(tracer: Tracer, call: Call) -> None:
     y, stats, _ = call.outs
     tracer.label(y, axes)
     tracer.label(stats, {1: axes[1]})
+
+
+def _channel_gate(tracer: Tracer, call: Call) -> None:
+    """Our gate: index by index, with one gate entry a channel."""
+    x = call.arg("x")
+    tracer.label(call.out, tracer.axes(x) | {1: tracer.tie((x, 1), (call.arg("gate"), 0))})
 
 
 def _group_norm(tracer: Tracer, call: Call) -> None:
@@ -662,6 +692,7 @@ _RULES: dict[str, Rule] = {
         "_native_batch_norm_legit_no_training _batch_norm_with_update _batch_norm_no_update",
     ),
     **_table(_batch_norm_act, "batch_norm_act", "fastprune"),
+    **_table(_channel_gate, "channel_gate", "fastprune"),
     **_table(_group_norm, "native_group_norm"),
     **_table(_layer_norm, "native_layer_norm"),
     **_table(

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from fastprune.errors import GraphError
+from fastprune.nn import MaskedConv2d
 
 TOLERANCE = 1e-9  # of the largest output, in float64: a different order of summation stays far below
 Plan = dict[str, dict[int, Tensor]]  # tensor name -> dim -> indices that stay
@@ -122,6 +123,8 @@ def _resize(m: nn.Module) -> None:
         if m.groups == m.in_channels > 1:  # depthwise: the graph removes whole groups; otherwise it keeps their number
             m.groups = rows * m.groups // m.out_channels
         m.out_channels, m.in_channels = rows, columns * m.groups
+        if isinstance(m, MaskedConv2d):
+            m._look_up()
     elif isinstance(m, nn.Linear):
         m.out_features, m.in_features = m.weight.shape
     elif isinstance(m, nn.modules.batchnorm._NormBase):

@@ -19,7 +19,8 @@ Partials are joined by Chan's formula in float64.  No atomics, fixed chunks: two
 
 Traffic, in passes over a tensor of x's size (a second read may come from L2): forward in training reads 2 and writes 1,
 in eval reads 1 and writes 1; a residual adds one read.  Backward reads 4 (dy and x twice) and writes 1; with a residual
-it reads 5 (y once, then dresidual in place of dy) and writes 2.  A gate gradient writes 4 bytes per plane.
+it reads 5 (y once, then dresidual in place of dy) and writes 2.  A gate sum writes 4 bytes per plane; sums of dy * y
+find y read already, or without a ReLU read it once.
 """
 
 from __future__ import annotations
@@ -329,25 +330,26 @@ def _fused_kernel(
 
 @triton.jit
 def _through_relu(dy, x, y_ptr, offset, readable, mean, scale, bias, RELU: tl.constexpr):
-    """dz: dy where the ReLU passed, judged by y if there is one, else by the forward done again."""
+    """dz: dy where the ReLU passed, judged by y if there is one, else by the forward done again; and what judged."""
+    if y_ptr is not None:
+        y = tl.load(y_ptr + offset, mask=readable, other=0.0).to(tl.float32)
+    else:
+        y = _normalise(x, mean, scale, bias)
     dz = dy
     if RELU:
-        if y_ptr is not None:
-            z = tl.load(y_ptr + offset, mask=readable, other=0.0).to(tl.float32)
-        else:
-            z = _normalise(x, mean, scale, bias)
-        dz = tl.where(z <= 0.0, 0.0, dy)
-    return dz
+        dz = tl.where(y <= 0.0, 0.0, dy)
+    return dz, y
 
 
 @triton.jit
 def _dz_sums(
-    dy_ptr, x_ptr, y_ptr, dresidual_ptr, gate_ptr, n_first, n_last, c, s, size, mean, rstd, scale, bias,
-    C, S, numel, RELU: tl.constexpr,
+    dy_ptr, x_ptr, y_ptr, dresidual_ptr, gate_grad_ptr, gate_abs_ptr, out_grad_ptr, out_abs_ptr, gate_stride,
+    n_first, n_last, c, s, size, mean, rstd, scale, bias,
+    C, S, numel, RELU: tl.constexpr, GATES: tl.constexpr,
     VEC: tl.constexpr, CHANNELS_LAST: tl.constexpr, PEEL: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr,
 ):  # fmt: skip
-    """Sums of dz and dz * (x - mean) over a chunk, (BLOCK_C,) float32; writes dresidual and gate gradient if asked."""
+    """Sums of dz and dz * (x - mean) over a chunk, (BLOCK_C,) float32; writes dresidual and gate sums if asked."""
     steps = tl.arange(0, BLOCK_S)[None, None, :]
     factor = (scale * rstd)[None, :, None]
     sum_dz = tl.zeros((BLOCK_N, BLOCK_C, BLOCK_S), dtype=tl.float32)
@@ -356,27 +358,48 @@ def _dz_sums(
     total_dot = tl.zeros((BLOCK_N, BLOCK_C), dtype=tl.float32)
     for n_start in range(n_first, n_last, BLOCK_N):
         base, first, last, read, exists = _planes(n_start, n_last, c, s, size, C, S, numel, VEC, CHANNELS_LAST, BLOCK_N)
-        if gate_ptr is not None:
+        if GATES:
             sum_dz = tl.zeros((BLOCK_N, BLOCK_C, BLOCK_S), dtype=tl.float32)
             sum_dot = tl.zeros((BLOCK_N, BLOCK_C, BLOCK_S), dtype=tl.float32)
+        sum_abs = tl.zeros((BLOCK_N, BLOCK_C, BLOCK_S), dtype=tl.float32)  # the compiler drops what is not asked
+        sum_out = tl.zeros((BLOCK_N, BLOCK_C, BLOCK_S), dtype=tl.float32)
+        sum_out_abs = tl.zeros((BLOCK_N, BLOCK_C, BLOCK_S), dtype=tl.float32)
         for start in range(0, size + (VEC - 1 if PEEL else 0), BLOCK_S):
             offset, readable, live = _tile(base, first, last, read, exists, start + steps, C, VEC, CHANNELS_LAST, PEEL)
             x = tl.load(x_ptr + offset, mask=readable, other=0.0).to(tl.float32)
             dy = tl.load(dy_ptr + offset, mask=readable, other=0.0).to(tl.float32)
-            dz = _through_relu(dy, x, y_ptr, offset, readable, mean[None, :, None], factor, bias[None, :, None], RELU)
+            dz, y = _through_relu(
+                dy, x, y_ptr, offset, readable, mean[None, :, None], factor, bias[None, :, None], RELU
+            )
             if dresidual_ptr is not None:
                 tl.store(dresidual_ptr + offset, dz, mask=live)
             sum_dz += tl.where(live, dz, 0.0)
             sum_dot += tl.where(live, dz * (x - mean[None, :, None]), 0.0)
-        if gate_ptr is not None:
+            if gate_abs_ptr is not None:
+                z = _normalise(x, mean[None, :, None], factor, bias[None, :, None])
+                sum_abs += tl.where(live, tl.abs(dz * z), 0.0)
+            if out_grad_ptr is not None:
+                sum_out += tl.where(live, dz * y, 0.0)
+            if out_abs_ptr is not None:
+                sum_out_abs += tl.where(live, tl.abs(dz * y), 0.0)
+        if GATES:
             dz_n = tl.sum(sum_dz, axis=2)
             dot_n = tl.sum(sum_dot, axis=2)
             total_dz += dz_n
             total_dot += dot_n
             rows = (n_start + tl.arange(0, BLOCK_N)).to(tl.int64)[:, None]
-            gate = (scale * rstd)[None, :] * dot_n + bias[None, :] * dz_n
-            tl.store(gate_ptr + rows * C + c[None, :], gate, mask=(rows < n_last) & (c < C)[None, :])
-    if gate_ptr is None:
+            at = rows * gate_stride + c[None, :]
+            wanted = (rows < n_last) & (c < C)[None, :]
+            if gate_grad_ptr is not None:
+                gate = (scale * rstd)[None, :] * dot_n + bias[None, :] * dz_n
+                tl.store(gate_grad_ptr + at, gate, mask=wanted)
+            if gate_abs_ptr is not None:
+                tl.store(gate_abs_ptr + at, tl.sum(sum_abs, axis=2), mask=wanted)
+            if out_grad_ptr is not None:
+                tl.store(out_grad_ptr + at, tl.sum(sum_out, axis=2), mask=wanted)
+            if out_abs_ptr is not None:
+                tl.store(out_abs_ptr + at, tl.sum(sum_out_abs, axis=2), mask=wanted)
+    if not GATES:
         total_dz = tl.sum(sum_dz, axis=2)
         total_dot = tl.sum(sum_dot, axis=2)
     return tl.sum(total_dz, axis=0), tl.sum(total_dot, axis=0)
@@ -406,13 +429,14 @@ def _project(dz, dot, rstd, inverse):
 
 @triton.jit
 def _bwd_sums_kernel(
-    dy_ptr, x_ptr, y_ptr,  # N * C * S elements, either layout; y only with RELU and a residual
+    dy_ptr, x_ptr, y_ptr,  # N * C * S elements, either layout; y only with RELU and a residual, or for sums of dy * y
     weight_ptr, bias_ptr, stats_ptr,  # (C,) or None, (C,) or None, (2, C) float32
     dresidual_ptr,         # as x, or None
-    gate_ptr,              # (gridDim.z, N, C) float32 with C as below, or None
+    gate_grad_ptr, gate_abs_ptr, out_grad_ptr, out_abs_ptr,  # (gridDim.z, N, C) float32 with C as below, or None
+    gate_stride,           # of their rows; gridDim.z > 1: C
     partials_ptr,          # (2, P, C) float32: sums of dz and dz * (x - mean)
     N, C, S, numel, CHUNK_N, CHUNK_S,  # C counts REPEAT rows of channels, see _split
-    SIGMOID: tl.constexpr, RELU: tl.constexpr, REPEAT: tl.constexpr,
+    SIGMOID: tl.constexpr, RELU: tl.constexpr, GATES: tl.constexpr, REPEAT: tl.constexpr,
     VEC: tl.constexpr, CHANNELS_LAST: tl.constexpr, PEEL: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr,
 ):  # fmt: skip
@@ -427,11 +451,19 @@ def _bwd_sums_kernel(
     mean = tl.load(stats_ptr + channel, mask=c < C, other=0.0)
     rstd = tl.load(stats_ptr + channels + channel, mask=c < C, other=0.0)
     scale, bias = _affine(weight_ptr, bias_ptr, channel, c < C, SIGMOID)
-    if gate_ptr is not None:
-        gate_ptr += tl.program_id(2).to(tl.int64) * N * C
+    part = tl.program_id(2).to(tl.int64) * N * gate_stride
+    if gate_grad_ptr is not None:
+        gate_grad_ptr += part
+    if gate_abs_ptr is not None:
+        gate_abs_ptr += part
+    if out_grad_ptr is not None:
+        out_grad_ptr += part
+    if out_abs_ptr is not None:
+        out_abs_ptr += part
     dz, dot = _dz_sums(
-        dy_ptr, x_ptr, y_ptr, dresidual_ptr, gate_ptr, n_first, n_last, c, s, size, mean, rstd, scale, bias,
-        C, S, numel, RELU, VEC, CHANNELS_LAST, PEEL, BLOCK_N, BLOCK_C, BLOCK_S,
+        dy_ptr, x_ptr, y_ptr, dresidual_ptr, gate_grad_ptr, gate_abs_ptr, out_grad_ptr, out_abs_ptr, gate_stride,
+        n_first, n_last, c, s, size, mean, rstd, scale, bias,
+        C, S, numel, RELU, GATES, VEC, CHANNELS_LAST, PEEL, BLOCK_N, BLOCK_C, BLOCK_S,
     )  # fmt: skip
     p = tl.program_id(1) * tl.num_programs(2) + tl.program_id(2)
     out = partials_ptr + p * C + c
@@ -495,7 +527,7 @@ def _bwd_apply_kernel(
         offset = rows.to(tl.int64) * (K // VEC) * VEC + k[None, :]
         x = tl.load(x_ptr + offset, mask=live, other=0.0).to(tl.float32)
         dy = tl.load(dy_ptr + offset, mask=live, other=0.0).to(tl.float32)
-        dx = _through_relu(dy, x, y_ptr, offset, live, mean, s, b, RELU)
+        dx, _ = _through_relu(dy, x, y_ptr, offset, live, mean, s, b, RELU)
         if projection_ptr is not None:
             dx = dx - mean_dz - (x - mean) * slope
         tl.store(dx_ptr + offset, dx * s, mask=live)
@@ -505,9 +537,10 @@ def _bwd_apply_kernel(
 def _bwd_fused_kernel(
     dy_ptr, x_ptr, y_ptr, dx_ptr, dresidual_ptr,  # N * C * S elements, either layout; y, dx, dresidual may be None
     weight_ptr, bias_ptr, stats_ptr,              # (C,) or None, (C,) or None, (2, C) float32
-    dweight_ptr, dbias_ptr, gate_ptr,             # (C,) or None, (C,) or None, (N, C) float32 or None
+    dweight_ptr, dbias_ptr,                       # (C,) or None
+    gate_grad_ptr, gate_abs_ptr, out_grad_ptr, out_abs_ptr, gate_stride,  # (N, C) float32 or None, stride of rows
     N, C, S, numel, CHUNK_N, CHUNK_S, inverse: tl.float64,  # 1 / (N * H * W)
-    TRAINING: tl.constexpr, SIGMOID: tl.constexpr, RELU: tl.constexpr,
+    TRAINING: tl.constexpr, SIGMOID: tl.constexpr, RELU: tl.constexpr, GATES: tl.constexpr,
     VEC: tl.constexpr, CHANNELS_LAST: tl.constexpr, PEEL: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr,
 ):  # fmt: skip
@@ -519,8 +552,9 @@ def _bwd_fused_kernel(
     rstd = tl.load(stats_ptr + C + c, mask=c < C, other=0.0)
     scale, bias = _affine(weight_ptr, bias_ptr, c, c < C, SIGMOID)
     dz, dot = _dz_sums(
-        dy_ptr, x_ptr, y_ptr, dresidual_ptr, gate_ptr, 0, n_last, c, 0, size, mean, rstd, scale, bias,
-        C, S, numel, RELU, VEC, CHANNELS_LAST, PEEL, BLOCK_N, BLOCK_C, BLOCK_S,
+        dy_ptr, x_ptr, y_ptr, dresidual_ptr, gate_grad_ptr, gate_abs_ptr, out_grad_ptr, out_abs_ptr, gate_stride,
+        0, n_last, c, 0, size, mean, rstd, scale, bias,
+        C, S, numel, RELU, GATES, VEC, CHANNELS_LAST, PEEL, BLOCK_N, BLOCK_C, BLOCK_S,
     )  # fmt: skip
     dz, dot = dz.to(tl.float64), dot.to(tl.float64)
     _finish_sums(c, c < C, dz, dot, rstd, weight_ptr, dweight_ptr, dbias_ptr, SIGMOID)
@@ -537,7 +571,7 @@ def _bwd_fused_kernel(
                 offset, readable, live = _tile(base, first, last, read, exists, k, C, VEC, CHANNELS_LAST, PEEL)
                 x = tl.load(x_ptr + offset, mask=readable, other=0.0).to(tl.float32)
                 dy = tl.load(dy_ptr + offset, mask=readable, other=0.0).to(tl.float32)
-                dx = _through_relu(dy, x, y_ptr, offset, readable, mean, s, b, RELU)
+                dx, _ = _through_relu(dy, x, y_ptr, offset, readable, mean, s, b, RELU)
                 if TRAINING:
                     dx = dx - mean_dz[None, :, None] - (x - mean) * slope[None, :, None]
                 tl.store(dx_ptr + offset, dx * s, mask=live)
@@ -677,6 +711,23 @@ def _matrix(N: int, C: int, S: int, channels_last: bool, itemsize: int) -> tuple
     return (blocks, triton.cdiv(rows, chunk)), (rows, cols, C, 1 if channels_last else S, chunk), cfg
 
 
+def _gate_buffers(gates: tuple, parts: int, N: int, repeat: int, C: int) -> tuple[tuple, int]:
+    """Where a kernel writes sums per sample, and the stride of their rows.
+
+    That is where they belong if they are whole and lie alike, as columns of one matrix do; else (parts, N, repeat, C).
+    """
+    strides = {t.stride(0) for t in gates if t is not None} or {0}
+    if parts * repeat == 1 and len(strides) == 1:
+        return gates, strides.pop()
+    return tuple(None if t is None else t.new_empty((parts, N, repeat, C)) for t in gates), repeat * C
+
+
+def _join_parts(sums: tuple, gates: tuple) -> None:
+    for part, whole in zip(sums, gates, strict=True):
+        if part is not whole:
+            torch.sum(part, (0, 2), out=whole)
+
+
 def batch_norm_act(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None,
     running_mean: Tensor | None, running_var: Tensor | None, num_batches_tracked: Tensor | None,
@@ -742,12 +793,13 @@ def batch_norm_act(
 
 def batch_norm_act_backward(
     dy: Tensor, x: Tensor, weight: Tensor | None, bias: Tensor | None, stats: Tensor, y: Tensor | None,
-    mask: Tensor | None, gate_grad: Tensor | None, training: bool, eps: float, sigmoid: bool, relu: bool,
-    need_dx: bool, need_dresidual: bool,
+    mask: Tensor | None, gate_grad: Tensor | None, gate_abs: Tensor | None, out_grad: Tensor | None,
+    out_abs: Tensor | None, training: bool, eps: float, sigmoid: bool, relu: bool, need_dx: bool, need_dresidual: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Launches the backward; arguments and results as in :mod:`fastprune.ops.batch_norm_act`.
 
-    ``y`` is given exactly when a residual was added before the ReLU; else the forward is redone to judge the ReLU.
+    ``y`` is given when a residual was added before the ReLU (else the forward is redone to judge the ReLU), and for
+    ``out_grad`` and ``out_abs``.
     """
     N, C, S, channels_last = _sizes("batch_norm_act_backward", x)
     if mask is not None and mask.numel():
@@ -757,41 +809,48 @@ def batch_norm_act_backward(
     dweight = x.new_empty((0,)) if weight is None else torch.empty_like(weight)
     dbias = x.new_empty((0,)) if bias is None else torch.empty_like(bias)
     if x.numel() == 0:
-        if gate_grad is not None:
-            gate_grad.zero_()
+        for t in (gate_grad, gate_abs, out_grad, out_abs):
+            if t is not None:
+                t.zero_()
         return dx, dweight.zero_(), dbias.zero_(), dresidual
     size = x.element_size()
-    y = y if relu else None
+    gates = (gate_grad, gate_abs, out_grad, out_abs)
+    if y is None and (out_grad is not None or out_abs is not None):
+        raise ValueError("batch_norm_act_backward: expected y, for out_grad and out_abs, got None")
+    y = y if relu or out_grad is not None or out_abs is not None else None
     dweight_or_none = None if weight is None else dweight
     dbias_or_none = None if bias is None else dbias
     dz = dresidual if need_dresidual else None
-    per_sample = gate_grad is not None
+    per_sample = any(t is not None for t in gates)
     with torch.cuda.device_of(x):
         fused = _fused(N, C, S, channels_last, size, per_sample)
         if fused:
             grid, sizes, cfg = fused
+            sums, stride = _gate_buffers(gates, 1, N, 1, C)
             _bwd_fused_kernel[grid](
-                dy, x, y, dx if need_dx else None, dz, weight, bias, stats, dweight_or_none, dbias_or_none, gate_grad,
-                *sizes, 1 / (N * S), training, sigmoid, relu, **cfg,
+                dy, x, y, dx if need_dx else None, dz, weight, bias, stats, dweight_or_none, dbias_or_none, *sums,
+                stride, *sizes, 1 / (N * S), training, sigmoid, relu, per_sample, **cfg,
             )  # fmt: skip
+            _join_parts(sums, gates)
             return dx, dweight, dbias, dresidual
         grid, sizes, cfg, repeat = _split(N, C, S, channels_last, size, per_sample)
         P = grid[1] * grid[2] * repeat
         partials = x.new_empty((2, P, C), dtype=torch.float32)
         projection = x.new_empty((2, C), dtype=torch.float32)
-        gate = gate_grad
-        if per_sample and grid[2] * repeat > 1:
-            gate = gate_grad.new_empty((grid[2], N, repeat, C))
-        _bwd_sums_kernel[grid](dy, x, y, weight, bias, stats, dz, gate, partials, *sizes, sigmoid, relu, repeat, **cfg)
+        sums, stride = _gate_buffers(gates, grid[2], N, repeat, C)
+        _bwd_sums_kernel[grid](
+            dy, x, y, weight, bias, stats, dz, *sums, stride, partials, *sizes, sigmoid, relu, per_sample, repeat, **cfg
+        )
+        _join_parts(sums, gates)
         final = finalise_config(P, C)
         _bwd_finalise_kernel[(triton.cdiv(C, final["BLOCK_C"]),)](
             partials, weight, stats, dweight_or_none, dbias_or_none, projection, P, C, 1 / (N * S), sigmoid, **final
         )
-        if gate is not gate_grad:
-            torch.sum(gate, (0, 2), out=gate_grad)
         if need_dx:
             grid, sizes, cfg = _matrix(N, C, S, channels_last, size)
-            masked = (dz, False, None) if need_dresidual else (dy, relu, y)  # dz is dy after the ReLU already
+            masked = (dy, relu, y if relu else None)
+            if need_dresidual:
+                masked = (dz, False, None)  # dz is dy after the ReLU already
             _bwd_apply_kernel[grid](
                 masked[0], x, masked[2], dx, weight, bias, stats, projection if training else None, *sizes,
                 sigmoid, masked[1], **cfg,
@@ -814,7 +873,10 @@ def aot(dtype: str) -> list[tuple]:
         "momentum": "fp32", "tracked_ptr": "*i64:16",
         **dict.fromkeys(("x_ptr", "y_ptr", "residual_ptr", "dy_ptr", "dx_ptr", "dresidual_ptr"), x),
         **dict.fromkeys(("weight_ptr", "bias_ptr", "dweight_ptr", "dbias_ptr", "stats_ptr", "projection_ptr"), param),
-        **dict.fromkeys(("running_mean_ptr", "running_var_ptr", "gate_ptr"), param),
+        **dict.fromkeys(("running_mean_ptr", "running_var_ptr"), param),
+        # columns of a matrix start anywhere
+        **dict.fromkeys(("gate_grad_ptr", "gate_abs_ptr", "out_grad_ptr", "out_abs_ptr"), "*fp32"),
+        "gate_stride": "i32", "GATES": True,
         "SIGMOID": True, "RELU": True, "TRAINING": True, "CUMULATIVE": False,
     }  # fmt: skip
     entries = []
@@ -822,7 +884,8 @@ def aot(dtype: str) -> list[tuple]:
     def add(label: str, kernel: triton.JITFunction, cfg: dict, wide: bool, **special: object) -> None:
         entries.append((label, kernel, {**args, **special}, cfg, wide))
 
-    plain = {"y_ptr": None, "dresidual_ptr": None, "gate_ptr": None}
+    one_gate = {"gate_abs_ptr": None, "out_grad_ptr": None, "out_abs_ptr": None}
+    plain = {"y_ptr": None, "dresidual_ptr": None, "gate_grad_ptr": None, **one_gate, "GATES": False}
     for label, N, C, S, nhwc in (
         ("nchw 56x56", 256, 64, 3136, False), ("nchw 7x7", 256, 512, 49, False),
         ("nhwc 56x56", 256, 64, 3136, True), ("nhwc ragged", 256, 37, 784, True),
@@ -832,7 +895,9 @@ def aot(dtype: str) -> list[tuple]:
         add(label, _sums_kernel, cfg, True, partials_ptr=f64, **one)
         add(label, _bwd_sums_kernel, cfg, True, partials_ptr=param, REPEAT=repeat, **one, **plain)
         *_, cfg, repeat = _split(N, C, S, nhwc, size, True)
-        add(f"{label} gate+add", _bwd_sums_kernel, cfg, True, partials_ptr=param, REPEAT=repeat)
+        for gates, absent in (("gate", one_gate), ("gates", {})):
+            special = {"partials_ptr": param, "REPEAT": repeat, **absent}
+            add(f"{label} {gates}+add", _bwd_sums_kernel, cfg, True, **special)
         *_, cfg = _matrix(N, C, S, nhwc, size)
         one = {"S": 1} if nhwc else {}
         no_stats = {"running_mean_ptr": None, "running_var_ptr": None}
@@ -844,7 +909,8 @@ def aot(dtype: str) -> list[tuple]:
     ):  # fmt: skip
         *_, cfg = _fused(N, C, S, nhwc, size, True)
         add(f"{label} add", _fused_kernel, cfg, True)
-        add(f"{label} gate+add", _bwd_fused_kernel, cfg, True)
+        add(f"{label} gate+add", _bwd_fused_kernel, cfg, True, **one_gate)
+        add(f"{label} gates+add", _bwd_fused_kernel, cfg, True)
     add("", _finalise_kernel, finalise_config(512, 64), False, partials_ptr=f64, CUMULATIVE=True)
     add("", _bwd_finalise_kernel, finalise_config(512, 64), False, partials_ptr=param)
     return entries

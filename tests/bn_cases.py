@@ -18,6 +18,10 @@ DTYPES = {
     "cpp": (torch.float32, torch.bfloat16),
     "triton": (torch.float32, torch.float16, torch.bfloat16),
 }
+GATES = {  # Variant.gates to the buffers it asks for
+    "": (), "grad": ("gate_grad",), "abs": ("gate_grad", "gate_abs"), "out": ("out_grad",), "out abs": ("out_abs",),
+    "all": ("gate_grad", "gate_abs", "out_grad", "out_abs"),
+}  # fmt: skip
 LAYOUTS = {"nchw": torch.contiguous_format, "nhwc": torch.channels_last}
 
 
@@ -37,31 +41,34 @@ class Variant:
     training: bool = True
     track: bool = True
     momentum: float | None = 0.1
-    gates: bool = False
+    gates: str = ""
     params: str = "float32"
 
     def __str__(self) -> str:
         words = ["sigmoid" if self.bound else "free" if self.affine else "plain"]
-        words += [word for word in ("bias", "residual", "gates") if getattr(self, word)]
+        words += [word for word in ("bias", "residual") if getattr(self, word)]
+        words += [f"gates {self.gates}"] * bool(self.gates)
         words += [self.act or "linear", "train" if self.training else "eval", self.params]
         words += ["untracked"] * (not self.track) + ["cumulative"] * (self.momentum is None)
         return "-".join(words)
 
 
 def every_variant() -> list[Variant]:
-    """The whole product of bound, act, bias, residual, training and gates, and the rarer switches one at a time."""
+    """The whole product of bound, act, bias, residual and training, gates by turns; rarer switches one at a time."""
     product = itertools.product((None, "sigmoid"), (None, "relu"), (True, False), (True, False), (True, False))
-    variants = [Variant(bound=b, act=a, bias=c, residual=r, training=t, gates=r == c) for b, a, c, r, t in product]
+    turns = itertools.cycle([name for name in GATES if name != "out abs"])  # five, coprime to the product's twos
+    variants = [Variant(bound=b, act=a, bias=c, residual=r, training=t, gates=next(turns)) for b, a, c, r, t in product]
     return [
         *variants,
         Variant(affine=False, bias=False, act="relu"),
         Variant(affine=False, bias=False, act="relu", residual=True, training=False),
         Variant(affine=False, bias=True, act="relu"),
-        Variant(track=False, act="relu", gates=True),
+        Variant(track=False, act="relu", gates="grad"),
+        Variant(act="relu", residual=True, gates="out abs"),
         Variant(momentum=None, act="relu"),
         Variant(momentum=0.0),
-        Variant(bound="sigmoid", bias=False, act="relu", gates=True),
-        Variant(params="same", act="relu", gates=True),
+        Variant(bound="sigmoid", bias=False, act="relu", gates="grad"),
+        Variant(params="same", act="relu", gates="abs"),
         Variant(params="same", bound="sigmoid", residual=True, act="relu"),
         Variant(params="same", training=False, act="relu"),
     ]
@@ -158,11 +165,14 @@ def definition(call: Call) -> dict:
     z = (1 / (1 + (-scale).exp()) if v.bound else scale).view(column) * xhat
     if leaves["bias"] is not None:
         z = z + leaves["bias"].view(column)
+    gates = {name: torch.ones_like(z, requires_grad=True) for name in ("gate", "out")}  # one each element
+    z = z * gates["gate"]
     before = z if leaves["residual"] is None else z + leaves["residual"]
-    y = before * (before > 0) if v.act else before
-    results |= {"y": y, **_gradients(y, leaves, call.dy)}
-    dz = call.dy * (before > 0) if v.act else call.dy
-    results["gate_grad"] = (dz * z).sum((2, 3))
+    y = (before * (before > 0) if v.act else before) * gates["out"]
+    results |= {"y": y, **_gradients(y, leaves | gates, call.dy)}
+    for name in gates:
+        grad = results.pop(f"d{name}")
+        results[f"{name}_grad"], results[f"{name}_abs"] = grad.sum((2, 3)), grad.abs().sum((2, 3))
     results["before_act"] = before
     return {name: t.detach() for name, t in results.items()}
 
@@ -182,8 +192,10 @@ def plain_pytorch(call: Call, dtype: torch.dtype, device: str = "cpu") -> dict:
     before = z if leaves["residual"] is None else z + leaves["residual"]
     y = before.relu() if v.act else before
     results = {"y": y, **_gradients(y, leaves, call.dy)}
-    dz = call.dy.to(y) * (before > 0) if v.act else call.dy.to(y)
-    results["gate_grad"] = (dz.to(torch.promote_types(dtype, torch.float32)) * z).sum((2, 3))
+    dy, acc = call.dy.to(y), torch.promote_types(dtype, torch.float32)
+    for name, gradient, t in (("gate", dy * (before > 0) if v.act else dy, z), ("out", dy, y)):
+        product = gradient.to(acc) * t
+        results[f"{name}_grad"], results[f"{name}_abs"] = product.sum((2, 3)), product.abs().sum((2, 3))
     results |= {"running_mean": mean, "running_var": var} if v.track else {}
     return {name: t.detach() for name, t in results.items()}
 
@@ -193,24 +205,36 @@ def same_layout(a: torch.Tensor, b: torch.Tensor) -> bool:
     return all(s == t or n <= 1 for n, s, t in zip(a.shape, a.stride(), b.stride(), strict=True)) or not a.numel()
 
 
+def gate_buffers(
+    variant: Variant, N: int, C: int, dtype: torch.dtype, device: str = "cpu"
+) -> tuple[dict, torch.Tensor]:
+    """The buffers that the variant asks for, columns of one (N, T) matrix of NaN, and the matrix."""
+    names = GATES[variant.gates]
+    matrix = torch.full((N, len(names) * (C + 1) + 1), torch.nan, dtype=dtype, device=device)
+    return {name: matrix[:, i * (C + 1) + 1 :][:, :C] for i, name in enumerate(names)}, matrix
+
+
 def ours(call: Call, dtype: torch.dtype, backend: str, device: str = "cpu") -> dict:
     v, leaves = call.variant, _leaves(call, dtype, device)
     x = leaves.pop("x")
     N, C = x.shape[:2]
     acc = torch.promote_types(dtype, torch.float32)
-    gate_grad = torch.full((N, C), float("nan"), dtype=acc, device=device) if v.gates else None
+    gates, matrix = gate_buffers(v, N, C, acc, device)
     mean, var = (
         None if t is None else t.to(device, call.params if dtype != torch.float64 else dtype) for t in call.running
     )
     tracked = torch.tensor(0, device=device) if v.track else None
     y = ops.batch_norm_act(
         x, leaves["weight"], leaves["bias"], mean, var, tracked, residual=leaves["residual"], act=v.act, bound=v.bound,
-        training=v.training or not v.track, momentum=v.momentum, gate_grad=gate_grad, backend=backend,
+        training=v.training or not v.track, momentum=v.momentum, backend=backend, **gates,
     )  # fmt: skip
     assert y.dtype == dtype and y.shape == x.shape and same_layout(y, x)
     results = {"y": y, **_gradients(y, {"x": x, **leaves}, call.dy)}
     assert same_layout(results["dx"], x)
-    results |= {"gate_grad": gate_grad} if v.gates else {}
+    results |= {name: t.clone() for name, t in gates.items()}
+    for t in gates.values():
+        t.fill_(torch.nan)
+    assert matrix.isnan().all(), "written beside the gate buffers"
     if v.track:
         results |= {"running_mean": mean, "running_var": var}
         assert tracked.item() == int(v.training)

@@ -32,6 +32,8 @@ def aot_check(*args: str) -> subprocess.CompletedProcess:
         ("--arch", "sm_80", "--dtype", "fp32", "--kernel", "fused"),
         ("--arch", "sm_80,gfx942", "--dtype", "fp64,fp16", "--kernel", "scale_penalty"),
         ("--arch", "gfx942", "--dtype", "bf16", "--kernel", "fused"),
+        ("--arch", "sm_90,gfx942", "--dtype", "fp32,fp64", "--kernel", "gate_sums"),
+        ("--arch", "sm_80,gfx942", "--dtype", "fp32", "--kernel", "masked_conv2d"),
     ],
     ids=" ".join,
 )
@@ -45,6 +47,7 @@ def test_kernels_compile_without_spills_and_with_wide_loads(args):
     if args == ("--arch", "sm_90", "--dtype", "bf16"):
         names = {row["kernel"] for row in rows}
         assert {"batch_norm_act.sums_kernel", "batch_norm_act.bwd_apply_kernel", "scale_penalty.block_kernel"} <= names
+        assert {"channel_gate.scale_kernel", "channel_gate.backward_kernel", "filter_norm.filter_sums_kernel"} <= names
         planes = [row for row in rows if "7x7" in row["variant"]]  # planes of 49 elements lie off the vectors
         assert len(planes) >= 8 and all(row["loads"]["16"] and "2" not in row["loads"] for row in planes)
 

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from bn_cases import (
     BACKENDS,
     DTYPES,
+    GATES,
     LAYOUTS,
     Variant,
     assert_as_good_as_eager,
@@ -87,10 +88,10 @@ def few_programs(monkeypatch):
 SIDES = {1: (1, 1), 49: (7, 7), 1024: (32, 32), 3136: (56, 56)}
 SHAPES = [(n, c, *SIDES[s]) for n in (0, 1, 2, 37) for c in (1, 3, 16, 37, 64, 257) for s in SIDES]
 TURNS = [
-    Variant(bound="sigmoid", bias=False, act="relu", gates=True),
-    Variant(act="relu", residual=True, gates=True),
+    Variant(bound="sigmoid", bias=False, act="relu", gates="abs"),
+    Variant(act="relu", residual=True, gates="all"),
     Variant(),
-    Variant(bound="sigmoid", act="relu", training=False, residual=True),
+    Variant(bound="sigmoid", act="relu", training=False, residual=True, gates="grad"),
 ]
 
 
@@ -213,6 +214,56 @@ def test_gradients_only_where_asked(backend):
         assert not ops.batch_norm_act(given["x"], backend=backend).requires_grad
 
 
+@pytest.mark.parametrize("layout, backend", params(LAYOUTS, BACKENDS))
+@pytest.mark.parametrize("act", [None, "relu"])
+def test_gates_of_the_output_without_residual_are_those_of_the_norm(layout, backend, act):
+    variant = Variant(act=act, gates="all")
+    got = ours(make_call(variant, (3, 6, 4, 4), torch.float32, layout), torch.float32, backend, device_for(backend))
+    assert torch.equal(got["gate_grad"], got["out_grad"]) and torch.equal(got["gate_abs"], got["out_abs"])
+    assert (got["gate_abs"] > got["gate_grad"].abs()).any()
+
+
+@pytest.mark.parametrize("layout, backend", params(LAYOUTS, BACKENDS))
+@pytest.mark.parametrize("act", [None, "relu"])
+def test_nan_reaches_the_gates_of_its_plane(layout, backend, act):
+    call = make_call(Variant(act=act, residual=True, gates="all", training=False), (3, 6, 4, 4), torch.float32, layout)
+    call.x[0, 1, 2, 3], call.residual[1, 2, 3, 0] = torch.nan, torch.nan
+    got = ours(call, torch.float32, backend, device_for(backend))
+    for name in GATES["all"]:
+        where = [[0, 1], [1, 2]] if name.startswith("out") else [[0, 1]]  # the residual is not in z
+        assert got[name].isnan().nonzero().tolist() == where, name
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_empty_planes_have_gates_of_zero(backend):
+    x = torch.zeros(2, 3, 0, 4, device=device_for(backend), requires_grad=True)
+    gates = {name: torch.full((2, 3), torch.nan, device=x.device) for name in GATES["all"]}
+    mean, var = torch.zeros(3, device=x.device), torch.ones(3, device=x.device)
+    args = {"residual": x.detach(), "act": "relu", "training": False}
+    ops.batch_norm_act(x, None, None, mean, var, **args, **gates, backend=backend).sum().backward()
+    assert all(t.eq(0).all() for t in gates.values())
+
+
+@pytest.mark.parametrize("layout, variant, backend", params(LAYOUTS, TURNS, BACKENDS))
+def test_gates_of_a_gradient_that_has_a_graph(layout, variant, backend):
+    """create_graph=True takes the backward in plain PyTorch: the same sums."""
+    call, device = make_call(variant, (3, 4, 3, 3), torch.float32, layout), device_for(backend)
+    exact = definition(call)
+    x, residual = (
+        None if t is None else t.float().to(device).contiguous(memory_format=call.layout)
+        for t in (call.x, call.residual)
+    )
+    weight, bias, mean, var = (
+        None if t is None else t.float().to(device) for t in (call.weight, call.bias, *call.running)
+    )
+    gates = {name: torch.full((3, 4), torch.nan, device=device) for name in GATES[variant.gates]}
+    args = {"residual": residual, "act": variant.act, "bound": variant.bound, "training": variant.training}
+    y = ops.batch_norm_act(x.requires_grad_(), weight, bias, mean, var, **args, **gates, backend=backend)
+    torch.autograd.grad(y, x, call.dy.to(y), create_graph=True)
+    for name, t in gates.items():
+        torch.testing.assert_close(t.cpu().double(), exact[name], rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("variant", [*TURNS, Variant(act="relu"), Variant(residual=True, training=False)], ids=str)
 def test_eager_differentiates_twice(layout, variant):
@@ -280,9 +331,13 @@ def test_opcheck(layout, backend):
         args = (x, weight, bias, residual, mean, var, tracked, variant.training, 0.1, 1e-5, *flags, masked)
         torch.library.opcheck(forward, args)
         y, stats, mask = forward(*args)
-        for gates in (None, torch.zeros(2, 5, device=device)):
-            saved = (y if masked and not mask.numel() else None, mask if mask.numel() else None)
-            args = (dy, x, weight, bias, stats, *saved, gates, variant.training, 1e-5, *flags, True, masked)
+        buffers = [torch.zeros(2, 6 + i, device=device)[:, :5] for i in range(4)]
+        for gates in ([None] * 4, [*buffers[:2], None, None], *[buffers] * (residual is not None)):
+            saved = (
+                y if gates[2] is not None or (masked and not mask.numel()) else None,
+                mask if mask.numel() else None,
+            )
+            args = (dy, x, weight, bias, stats, *saved, *gates, variant.training, 1e-5, *flags, True, masked)
             torch.library.opcheck(backward, args)
 
 
@@ -296,7 +351,7 @@ def test_compiles_without_graph_breaks(layout, variant, backend):
 
     def run(x, weight, bias, residual, mean, var, tracked, gates):
         args = {"residual": residual, "act": variant.act, "bound": variant.bound, "training": variant.training}
-        return ops.batch_norm_act(x, weight, bias, mean, var, tracked, **args, gate_grad=gates, backend=backend)
+        return ops.batch_norm_act(x, weight, bias, mean, var, tracked, **args, **gates, backend=backend)
 
     leaves = {
         name: None
@@ -306,7 +361,8 @@ def test_compiles_without_graph_breaks(layout, variant, backend):
     }
     used = [t.requires_grad_() for t in leaves.values() if t is not None]
     mean, var = (t.float() for t in call.running)
-    gates = torch.zeros(3, 6) if variant.gates and backend != "eager" else None
+    names = GATES[variant.gates] if backend != "eager" else ()
+    gates = {name: torch.zeros(3, 6) for name in names}
     compiled = torch.compile(run, fullgraph=True, backend="aot_eager")
     y = compiled(*leaves.values(), mean, var, torch.tensor(0), gates)
     grads = torch.autograd.grad(y, used, call.dy.float())
@@ -314,8 +370,8 @@ def test_compiles_without_graph_breaks(layout, variant, backend):
     assert torch.equal(mean, want["running_mean"]) and torch.equal(var, want["running_var"])
     for grad, name in zip(grads, [n for n, t in leaves.items() if t is not None], strict=True):
         torch.testing.assert_close(grad, want[f"d{name}"], rtol=1e-5, atol=1e-6)
-    if gates is not None:
-        torch.testing.assert_close(gates, want["gate_grad"], rtol=1e-5, atol=1e-5)
+    for name, t in gates.items():
+        torch.testing.assert_close(t, want[name], rtol=1e-5, atol=1e-5)
 
 
 BAD = {
@@ -337,6 +393,13 @@ BAD = {
         "momentum=None (cumulative average) needs num_batches_tracked",
     ),
     "gate_grad": (lambda x: {"x": x, "gate_grad": torch.zeros(4)}, "expected gate_grad (2, 4) torch.float32"),
+    "gate_abs": (
+        lambda x: {"x": x, "gate_abs": torch.zeros(4, 2).t()},
+        "expected gate_abs (2, 4) torch.float32 on cpu with strides (at least 4, 1), got (2, 4) torch.float32 on cpu "
+        "with strides (1, 2)",
+    ),
+    "out_grad": (lambda x: {"x": x, "out_grad": torch.zeros(2, 4).double()}, "expected out_grad (2, 4) torch.float32"),
+    "out_abs": (lambda x: {"x": x, "out_abs": torch.zeros(1, 4).expand(2, 4)}, "with strides (0, 1)"),
 }
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from bn_cases import BACKENDS, LAYOUTS
+from bn_cases import BACKENDS, GATES, LAYOUTS
 
 from fastprune import backends  # declares the schemas and loads the kernels
 
@@ -26,17 +26,19 @@ backward = torch.ops.fastprune.batch_norm_act_backward.cpp
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 # full vectors, tails in each driver, several tasks, folded rows, planes as rows
 SHAPES = [(2, 16, 8, 8), (3, 37, 7, 7), (5, 3, 2, 2), (1, 257, 1, 1), (2, 13, 33, 41), (40, 19, 12, 12)]
-FLAGS = [  # training, sigmoid, relu, residual, gated
-    (True, False, True, False, True),
-    (True, True, True, True, False),
-    (True, False, False, False, False),
-    (False, False, True, True, True),
+FLAGS = [  # training, sigmoid, relu, residual, gates
+    (True, False, True, False, "abs"),
+    (True, True, True, True, ""),
+    (True, False, False, False, ""),
+    (False, False, True, True, "grad"),
+    (True, False, True, True, "all"),
+    (True, False, False, True, "out"),
 ]
 
 
 def call(shape, dtype, layout, flags, allocate=torch.empty_like):
     """All outputs of one forward and backward; `allocate` makes the inputs' memory, (tensor) -> tensor like it."""
-    training, sigmoid, relu, has_residual, gated = flags
+    training, sigmoid, relu, has_residual, gates = flags
     rng = torch.Generator().manual_seed(0)
 
     def activations():
@@ -48,10 +50,10 @@ def call(shape, dtype, layout, flags, allocate=torch.empty_like):
     var, tracked = torch.rand(shape[1], generator=rng) + 0.5, torch.tensor(3)
     masked = relu and has_residual
     y, stats, mask = forward(x, weight, bias, residual, mean, var, tracked, training, 0.1, 1e-5, sigmoid, relu, masked)
-    gate_grad = allocate(torch.empty(shape[:2])) if gated else None
-    saved = (stats, None, mask if masked else None, gate_grad)
+    gates = {name: allocate(torch.empty(shape[:2])) for name in GATES[gates]}
+    saved = (stats, y if "out_grad" in gates else None, mask if masked else None, *map(gates.get, GATES["all"]))
     grads = backward(dy, x, weight, bias, *saved, training, 1e-5, sigmoid, relu, True, masked)
-    return [t for t in (y, stats, mask, mean, var, *grads, gate_grad) if t is not None]
+    return [y, stats, mask, mean, var, *grads, *gates.values()]
 
 
 def every_call(**options):

@@ -16,8 +16,11 @@ from torch import nn
 from torch.nn import functional as F
 
 from fastprune import labels
+from fastprune.compact import compact
 from fastprune.errors import GraphError
 from fastprune.graph import ChannelGraph, pointwise, register_rule, trace
+from fastprune.models import create
+from fastprune.nn import convert_batchnorm
 
 X = torch.randn(2, 3, 16, 16)
 
@@ -426,3 +429,35 @@ def test_masking_zeroes_what_goes_and_nothing_else():
 def test_errors_say_what_to_do(model, x, error, message):
     with pytest.raises(error, match=message):
         trace(model(), x)
+
+
+def test_graph_after_a_cut_is_the_graph_of_the_cut_model():
+    model, x = create("resnet56"), torch.randn(2, 3, 32, 32)
+    graph = trace(model, x)
+    generator = torch.Generator().manual_seed(3)
+    for _ in range(2):  # twice: the second cut starts from the first one's result
+        keep = {name: torch.rand(g.size, generator=generator) > 0.3 for name, g in graph.groups.items()}
+        for mask in keep.values():
+            mask[:2] = True
+        graph = graph.after(keep) if compact(model, keep, x, check=False, graph=graph) else None
+        again = trace(model, x)
+        assert graph.rows == again.rows and graph.groups.keys() == again.groups.keys()
+        for name, group in graph.groups.items():
+            for key, (position, channel) in again.groups[name].index.items():
+                assert torch.equal(group.index[key].position, position), (name, key)
+                assert torch.equal(group.index[key].channel, channel), (name, key)
+        assert graph.outputs.keys() == again.outputs.keys()
+        for name, (channels, *rest) in again.outputs.items():
+            assert rest == list(graph.outputs[name][1:]) and (channels == graph.outputs[name].channels).all(), name
+
+
+@pytest.mark.parametrize("fuse", [False, True])
+def test_ends_of_residual_blocks_are_found(fuse):
+    model = torchvision.models.resnet18()
+    ends = ["layer1.0", "layer1.1", "layer2.0", "layer2.1", "layer3.0", "layer3.1", "layer4.0", "layer4.1"]
+    if fuse:  # then it is the norm that adds
+        model, ends = convert_batchnorm(model, fuse=True), [f"{name}.bn2" for name in ends]
+    graph = trace(model, torch.randn(2, 3, 64, 64))
+    assert [name for name, out in graph.outputs.items() if out.is_sum] == ends
+    assert graph.stems == {"conv1"}
+    assert "layer1.0.relu" not in graph.outputs  # runs twice, if it runs

@@ -9,6 +9,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import nn
 
+from fastprune import ops
 from fastprune.nn import (
     BatchNormAct2d,
     SigmoidBatchNorm2d,
@@ -16,6 +17,7 @@ from fastprune.nn import (
     convert_batchnorm,
     convert_sync_batchnorm,
 )
+from fastprune.ops.sync_batch_norm import sync_batch_norm_act
 
 C, H = 5, 4
 # (keyword arguments, samples of rank 0 of 6, residual, dtype, layout); 6 leaves rank 1 without any
@@ -62,6 +64,18 @@ def two_steps(m, x, r, dy, residual):
     return rows, [p.grad for p in m.parameters()], [b.clone() for b in m.buffers()]
 
 
+GATES = ("gate_grad", "gate_abs", "out_grad", "out_abs")
+
+
+def all_gates(op, x, r, dy, **kwargs):
+    """The four gate buffers, (N, C) each, after one step with residual and ReLU."""
+    matrix = torch.full((len(x), 4 * C), torch.nan, dtype=x.dtype)
+    scale, shift = torch.linspace(-1, 1, C, dtype=x.dtype), torch.linspace(0.5, -0.5, C, dtype=x.dtype)
+    gates = dict(zip(GATES, matrix.split(C, 1), strict=True))
+    op(x.clone().requires_grad_(), scale, shift, residual=r, act="relu", **gates, **kwargs).backward(dy)
+    return matrix
+
+
 def worker(rank, path, results):
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{path}", rank=rank, world_size=2)
@@ -71,6 +85,10 @@ def worker(rank, path, results):
         out[name] = two_steps(
             build(SyncBatchNormAct2d, kwargs, dtype), *(t[own] for t in data(dtype, layout)), residual
         )
+
+    own = slice(0, 4) if rank == 0 else slice(4, 6)
+    given = [t[own] for t in data(torch.float64, torch.contiguous_format)]
+    out["gates"] = [all_gates(sync_batch_norm_act, *given)], [], []
 
     # all batches empty: an empty result, and the running statistics stay
     m = SyncBatchNormAct2d(C)
@@ -146,6 +164,11 @@ def test_two_processes_equal_one(ranks, name):
         for got, want in zip(rank[name][2], buffers, strict=True):
             close(got, want, exact)
     assert all(torch.equal(a, b) for a, b in zip(ranks[0][name][2], ranks[1][name][2], strict=True))
+
+
+def test_every_gate_buffer_has_the_rows_of_the_own_samples(ranks):
+    want = all_gates(ops.batch_norm_act, *data(torch.float64, torch.contiguous_format))
+    close(torch.cat([rank["gates"][0][0] for rank in ranks]), want, torch.float64)
 
 
 def test_empty_everywhere(ranks):

@@ -35,8 +35,8 @@ DEVICE = device_for("triton")
 HALVES_AND_FLOAT = (torch.float32, torch.bfloat16, torch.float16)
 SPLIT = {"FUSED_ELEMENTS": 0, "PROGRAMS": 6, "TILE": 256, "WIDE_TILE": 256}
 TURNS = [
-    Variant(act="relu", residual=True, gates=True),
-    Variant(bound="sigmoid", bias=False, act="relu", gates=True),
+    Variant(act="relu", residual=True, gates="all"),
+    Variant(bound="sigmoid", bias=False, act="relu", gates="abs"),
     Variant(params="same"),
     Variant(act="relu", residual=True, params="same"),
 ]
@@ -193,18 +193,22 @@ def test_every_combination_of_requested_outputs(request, geometry, training):
             relu,
             added and relu,
         )
-        gate = torch.full((5, 3), torch.nan, device=DEVICE) if gates else None
+        # one stride or several: the kernels write in place, or by way of a buffer
+        buffers = [torch.full((5, 4 + i * (need_dx and gates)), torch.nan, device=DEVICE)[:, :3] for i in range(4)]
+        sums = [t if gates and (added or i < 2) else None for i, t in enumerate(buffers)]
+        saved_y = y if added and (relu or gates) else None
         got = kernels.batch_norm_act_backward(
-            given[6], given[0], *p, stats, y if added and relu else None, mask, gate, training, 1e-5, False, relu,
-            need_dx, need_dresidual,
-        )  # fmt: skip
+            given[6], given[0], *p, stats, saved_y, mask, *sums, training, 1e-5, False, relu, need_dx, need_dresidual
+        )
         asked = (need_dx, affine, affine, need_dresidual)
         for name, t, w, ask in zip(("dx", "dweight", "dbias", "dresidual"), got, want, asked, strict=True):
             assert t.shape == (w.shape if ask else (0,)), name
             if ask:
                 torch.testing.assert_close(t.cpu().double(), w, rtol=1e-5, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
-        if gates:
-            torch.testing.assert_close(gate.cpu().double(), (dz * z).sum((2, 3)).detach(), rtol=1e-5, atol=1e-5)
+        products = [dz * z, (dz * z).abs(), dy * y.cpu().double(), (dy * y.cpu().double()).abs()]
+        for gate, product in zip(sums, products, strict=True):
+            if gate is not None:
+                torch.testing.assert_close(gate.cpu().double(), product.sum((2, 3)).detach(), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -227,6 +231,9 @@ def test_empty_batches(layout, training):
         None,
         None,
         torch.empty(0, 3, device=DEVICE),
+        None,
+        None,
+        None,
         training,
         1e-5,
         False,
@@ -246,7 +253,14 @@ def test_what_the_launchers_refuse():
         kernels.batch_norm_act(x, None, None, None, None, None, None, False, *rest[1:])
     with pytest.raises(ValueError, match="expected y, got mask bits"):
         mask = torch.ones(2, 3, 2, dtype=torch.uint8, device=DEVICE)
-        kernels.batch_norm_act_backward(x, x, None, None, stats, None, mask, None, True, 1e-5, False, True, True, True)
+        kernels.batch_norm_act_backward(
+            x, x, None, None, stats, None, mask, *[None] * 4, True, 1e-5, False, True, True, True
+        )
+    with pytest.raises(ValueError, match="expected y, for out_grad and out_abs, got None"):
+        gates = (None, None, torch.zeros(2, 3, device=DEVICE), None)
+        kernels.batch_norm_act_backward(
+            x, x, None, None, stats, None, None, *gates, True, 1e-5, False, True, True, True
+        )
 
 
 # ---- addresses and geometry

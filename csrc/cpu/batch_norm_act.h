@@ -31,13 +31,19 @@ struct BatchNormActForward : BatchNormAct {
   uint16_t* mask;  // may be null; rows padded to a word: (N, C, words of H * W), channels_last (N, H * W, words of C)
 };
 
+// (N, C), rows `stride` floats apart, or null.
+struct GateBuffer {
+  float* data = nullptr;
+  int64_t stride = 0;
+};
+
 struct BatchNormActBackward : BatchNormAct {
-  const void *x, *dy, *y;  // y, or mask, only with a residual before the ReLU
+  const void *x, *dy, *y;  // y, or mask, only with a residual before the ReLU; both for sums of dy * y
   const uint16_t* mask;
   const float* stats;
-  float* gate_grad;          // (N, C) or null
-  void *dx, *dresidual;      // may be null
-  Parameter dweight, dbias;  // may be null
+  GateBuffer gate_grad, gate_abs, out_grad, out_abs;  // sums of dz z, |dz z|, dy y, |dy y|; the last two need y
+  void *dx, *dresidual;                               // may be null
+  Parameter dweight, dbias;                           // may be null
 };
 
 struct BatchNormActKernels {

@@ -105,6 +105,7 @@ struct Coefficients {
 // Sums of x - shift and (x - shift)^2.
 template <class T>
 struct Moments {
+  static constexpr int kSums = 2, kThird = 0;  // the sums, and the Gates buffer of the third
   const T* x;
   const float* shift;
   struct Params {
@@ -116,10 +117,10 @@ struct Moments {
   }
   FP_INLINE void fetch(int64_t i, int64_t n) const { prefetch_span(x + i, n); }
   template <class Lanes>
-  FP_INLINE void operator()(int64_t i, int64_t, Lanes lanes, const Params& p, Vec& s, Vec& q) const {
+  FP_INLINE void operator()(int64_t i, int64_t, Lanes lanes, const Params& p, Vec (&sums)[kSums]) const {
     const Vec d = keep(load(x + i, lanes) - p.shift, live(lanes));
-    s = s + d;
-    q = fma(d, d, q);
+    sums[0] = sums[0] + d;
+    sums[1] = fma(d, d, sums[1]);
   }
 };
 
@@ -191,16 +192,27 @@ struct Grad {
   }
 };
 
-// Sums of dz and dz * (x - mean).
-template <class T, Relu kRelu>
+// Sums of dz and dz * (x - mean); then, if asked, of |dz * z|, and of dz * y and |dz * y|.
+template <class T, Relu kRelu, bool kAbs, bool kOut>
 struct GradSums : Grad<T, kRelu> {
+  static constexpr int kSums = 2 + kAbs + 2 * kOut, kThird = kAbs ? 1 : 2;
   using Params = typename Grad<T, kRelu>::Params;
+  FP_INLINE void fetch(int64_t i, int64_t n) const {
+    Grad<T, kRelu>::fetch(i, n);
+    if (kOut) prefetch_span(this->y + i, n);
+  }
   template <class Lanes>
-  FP_INLINE void operator()(int64_t i, int64_t word, Lanes lanes, const Params& p, Vec& s, Vec& q) const {
+  FP_INLINE void operator()(int64_t i, int64_t word, Lanes lanes, const Params& p, Vec (&sums)[kSums]) const {
     const Vec d = load(this->x + i, lanes) - p.mean;
     const Vec g = this->dz(i, word, lanes, p, d);
-    s = s + g;
-    q = fma(g, d, q);
+    sums[0] = sums[0] + g;
+    sums[1] = fma(g, d, sums[1]);
+    if constexpr (kAbs) sums[2] = sums[2] + abs(g * fma(d, p.scale, p.bias));
+    if constexpr (kOut) {
+      const Vec product = g * load(this->y + i, lanes);
+      sums[kSums - 2] = sums[kSums - 2] + product;
+      sums[kSums - 1] = sums[kSums - 1] + abs(product);
+    }
   }
 };
 
@@ -273,12 +285,20 @@ void map_planes(const Planes v, const Body body) {
   }
 }
 
+template <int kSums>
 struct Sums {
-  Vec s = zero(), q = zero();
-  FP_INLINE Sums operator+(const Sums& other) const { return {s + other.s, q + other.q}; }
+  Vec v[kSums];
+  FP_INLINE Sums() {
+    for (Vec& sum : v) sum = zero();
+  }
+  FP_INLINE Sums operator+(const Sums& other) const {
+    Sums total;
+    for (int j = 0; j < kSums; ++j) total.v[j] = v[j] + other.v[j];
+    return total;
+  }
 };
-template <int kCount>
-FP_INLINE Sums add_up(const Sums* sums) {
+template <int kCount, int kSums>
+FP_INLINE Sums<kSums> add_up(const Sums<kSums>* sums) {
   if constexpr (kCount == 1)
     return sums[0];
   else
@@ -287,36 +307,39 @@ FP_INLINE Sums add_up(const Sums* sums) {
 
 // Sums over `size` elements of one channel.
 template <class Body>
-FP_INLINE Sums reduce_run(const Body& body, int64_t first, int64_t word, int64_t size, const typename Body::Params& p) {
-  Sums sums[kUnroll];
-  for_vectors(size, [&](int64_t i, int k, auto lanes) __attribute__((always_inline)) {
-    body(first + i, word + i / kLanes, lanes, p, sums[k].s, sums[k].q);
-  });
+FP_INLINE Sums<Body::kSums> reduce_run(const Body& body, int64_t first, int64_t word, int64_t size,
+                                       const typename Body::Params& p) {
+  Sums<Body::kSums> sums[kUnroll];
+  for_vectors(size, [&](int64_t i, int k, auto lanes)
+                        __attribute__((always_inline)) { body(first + i, word + i / kLanes, lanes, p, sums[k].v); });
   return add_up<kUnroll>(sums);
 }
 
-// sink(plane, channel, sum, sum) for every plane, in order.
+// sink(sample, channel, sums) for every plane, in order.
 template <class Body, class Sink>
 void reduce_small_planes(const Planes v, const Body body, const Sink& sink) {
-  Vec s[kLanes], q[kLanes];  // of the last planes: the lanes of 16 of them are added up together
-  int64_t done = v.begin, done_c = v.begin % v.channels;
+  constexpr int kSums = Body::kSums;
+  Vec last[kSums][kLanes];  // sums of the last planes: the lanes of 16 of them are added up together
+  int64_t done = v.begin, done_n = v.begin / v.channels, done_c = v.begin % v.channels;
   const auto flush = [&](int64_t end) {
-    for (int64_t k = end - done; k < kLanes; ++k) s[k] = q[k] = zero();
-    float sums[2][kLanes];
-    lane_sums(s, sums[0]);
-    lane_sums(q, sums[1]);
+    float lane[kSums][kLanes];
+    for (int j = 0; j < kSums; ++j) {
+      for (int64_t k = end - done; k < kLanes; ++k) last[j][k] = zero();
+      lane_sums(last[j], lane[j]);
+    }
     for (int k = 0; done < end; ++k, ++done) {
-      sink(done, done_c, sums[0][k], sums[1][k]);
-      if (++done_c == v.channels) done_c = 0;
+      double sums[kSums];
+      for (int j = 0; j < kSums; ++j) sums[j] = lane[j][k];
+      sink(done_n, done_c, sums);
+      if (++done_c == v.channels) done_c = 0, ++done_n;
     }
   };
   Ahead<Body> ahead(body, v.begin * v.pixels);
   int64_t c = done_c;
   for (int64_t plane = v.begin; plane < v.end; ++plane) {
     ahead.at(plane * v.pixels);
-    const Sums sums = reduce_run(body, plane * v.pixels, plane * v.words, v.pixels, body.template params<Broadcast>(c));
-    s[plane - done] = sums.s;
-    q[plane - done] = sums.q;
+    const auto sums = reduce_run(body, plane * v.pixels, plane * v.words, v.pixels, body.template params<Broadcast>(c));
+    for (int j = 0; j < kSums; ++j) last[j][plane - done] = sums.v[j];
     if (plane + 1 - done == kLanes) flush(plane + 1);
     if (++c == v.channels) c = 0;
   }
@@ -325,22 +348,25 @@ void reduce_small_planes(const Planes v, const Body body, const Sink& sink) {
 
 template <class Body, class Sink>
 void reduce_large_planes(const Planes v, const Body body, const Sink& sink) {
+  constexpr int kSums = Body::kSums;
   Ahead<Body> ahead(body, v.begin * v.pixels);
-  int64_t c = v.begin % v.channels;
+  int64_t n = v.begin / v.channels, c = v.begin % v.channels;
   for (int64_t plane = v.begin; plane < v.end; ++plane) {
     const auto p = body.template params<Broadcast>(c);
-    double s[kLanes] = {}, q[kLanes] = {};
+    double lane[kSums][kLanes] = {}, sums[kSums];
     for (int64_t start = 0; start < v.pixels; start += kRun) {
       const int64_t first = plane * v.pixels + start;
       ahead.at(first);
-      const Sums sums = reduce_run(body, first, plane * v.words + start / kLanes, min(kRun, v.pixels - start), p);
-      add_to(s, sums.s);
-      add_to(q, sums.q);
+      const auto run = reduce_run(body, first, plane * v.words + start / kLanes, min(kRun, v.pixels - start), p);
+      for (int j = 0; j < kSums; ++j) add_to(lane[j], run.v[j]);
     }
-    for (int k = kLanes / 2; k; k /= 2)
-      for (int j = 0; j < k; ++j) s[j] += s[j + k], q[j] += q[j + k];
-    sink(plane, c, s[0], q[0]);
-    if (++c == v.channels) c = 0;
+    for (int j = 0; j < kSums; ++j) {
+      for (int k = kLanes / 2; k; k /= 2)
+        for (int i = 0; i < k; ++i) lane[j][i] += lane[j][i + k];
+      sums[j] = lane[j][0];
+    }
+    sink(n, c, sums);
+    if (++c == v.channels) c = 0, ++n;
   }
 }
 
@@ -389,22 +415,23 @@ void map_rows(const Rows& all, const Body body) {
   });
 }
 
-// Adds the sums of each column to s and q.
+// Adds the sums of each column to `columns`, arrays of `stride` floats one after the other.
 template <class Body>
-void reduce_rows(const Rows& all, const Body body, float* s, float* q) {
+void reduce_rows(const Rows& all, const Body body, float* columns, int64_t stride) {
   for_blocks(all, body, [&](const Rows& v, int64_t at, auto count, auto lanes) __attribute__((always_inline)) {
     constexpr int kCount = decltype(count)::value;
     typename Body::Params p[kCount];
-    Sums sums[kCount];
+    Sums<Body::kSums> sums[kCount];
     for (int k = 0; k < kCount; ++k) p[k] = body.template params<Lanewise>(at + k * kLanes);
     for (int64_t row = 0; row < v.count; ++row)
       for (int k = 0; k < kCount; ++k)
         body(v.element + row * v.width + at + k * kLanes, v.word + row * v.words + at / kLanes + k, lanes, p[k],
-             sums[k].s, sums[k].q);
-    for (int k = 0; k < kCount; ++k) {
-      store(s + at + k * kLanes, load(s + at + k * kLanes) + sums[k].s);
-      store(q + at + k * kLanes, load(q + at + k * kLanes) + sums[k].q);
-    }
+             sums[k].v);
+    for (int k = 0; k < kCount; ++k)
+      for (int j = 0; j < Body::kSums; ++j) {
+        float* to = columns + j * stride + at + k * kLanes;
+        store(to, load(to) + sums[k].v[j]);
+      }
   });
 }
 
@@ -447,6 +474,23 @@ Plan make_plan(const BatchNormAct& a, bool masked, bool gated, bool aligned) {
   return plan;
 }
 
+// Where sums per sample go: gate_grad, gate_abs, out_grad, out_abs.
+struct Gates {
+  GateBuffer of[4];
+  bool any() const { return of[0].data || of[1].data || of[2].data || of[3].data; }
+  FP_INLINE void put(int which, int64_t n, int64_t c, double sum) const {
+    const GateBuffer& g = of[which];
+    if (g.data) g.data[n * g.stride + c] = static_cast<float>(sum);
+  }
+  template <class Lanes>
+  FP_INLINE void put(int which, int64_t n, int64_t c, Lanes lanes, Vec sum, bool first) const {
+    const GateBuffer& g = of[which];
+    if (!g.data) return;
+    float* p = g.data + n * g.stride + c;
+    store(p, first ? sum : sum + load(p, lanes), lanes);
+  }
+};
+
 template <class T>
 class Call {
  public:
@@ -479,9 +523,9 @@ class Call {
   double* sums[2];  // (tasks, stride) each; task 0 is also the total
 
   template <class Body>
-  void reduce(const Body& body, float* gate_grad = nullptr) {
+  void reduce(const Body& body, const Gates& gates = {}) {
     parallel_for(a.parallel_for, plan.tasks, [&](int64_t begin, int64_t end) {
-      for (int64_t task = begin; task < end; ++task) reduce_task(body, task, gate_grad);
+      for (int64_t task = begin; task < end; ++task) reduce_task(body, task, gates);
     });
     for (double* s : sums)
       for (int64_t task = 1; task < plan.tasks; ++task)
@@ -556,14 +600,16 @@ class Call {
   }
 
   template <class Body>
-  void reduce_task(const Body& body, int64_t task, float* gate_grad) {
+  void reduce_task(const Body& body, int64_t task, const Gates& gates) {
+    constexpr int kSums = Body::kSums;
     double *s = sums[0] + task * stride, *q = sums[1] + task * stride;
     for (int64_t i = 0; i < stride; ++i) s[i] = q[i] = 0;
     if (!plan.rows) {
-      const auto sink = [&](int64_t plane, int64_t c, double plane_s, double plane_q) {
-        s[c] += plane_s;
-        q[c] += plane_q;
-        if (gate_grad) gate_grad[plane] = static_cast<float>(plane_q * k.scale[c] + plane_s * k.bias[c]);
+      const auto sink = [&](int64_t n, int64_t c, const double* plane) {
+        s[c] += plane[0];
+        q[c] += plane[1];
+        gates.put(0, n, c, plane[1] * k.scale[c] + plane[0] * k.bias[c]);
+        for (int j = 2; j < kSums; ++j) gates.put(Body::kThird + j - 2, n, c, plane[j]);
       };
       if (a.pixels <= kRun)
         reduce_small_planes(planes_of(task), body, sink);
@@ -571,19 +617,17 @@ class Call {
         reduce_large_planes(planes_of(task), body, sink);
       return;
     }
-    Scratch local(2 * Scratch::bytes<float>(padded));
-    float *row_s = local.take<float>(padded), *row_q = local.take<float>(padded);
+    Scratch local(Scratch::bytes<float>(kSums * padded));
+    float* const columns = local.take<float>(kSums * padded);
     const Range rows = rows_of(task);
     for (int64_t row = rows.begin; row < rows.end;) {
-      const int64_t in_sample = row % plan.unit, left = gate_grad ? plan.unit - in_sample : rows.end - row;
+      const int64_t in_sample = row % plan.unit, left = gates.any() ? plan.unit - in_sample : rows.end - row;
       const int64_t count = min(kFlushRows * plan.fold, left), folded = count / plan.fold * plan.fold;
-      clear(row_s);
-      clear(row_q);
-      reduce_rows(driver_rows(row, folded, plan.fold), body, row_s, row_q);
-      reduce_rows(driver_rows(row + folded, count - folded, 1), body, row_s, row_q);
-      gather(row_s);
-      gather(row_q);
-      add_rows(row_s, row_q, s, q, gate_grad ? gate_grad + row / plan.unit * C : nullptr, in_sample == 0);
+      for (int j = 0; j < kSums; ++j) clear(columns + j * padded);
+      reduce_rows(driver_rows(row, folded, plan.fold), body, columns, padded);
+      reduce_rows(driver_rows(row + folded, count - folded, 1), body, columns, padded);
+      for (int j = 0; j < kSums; ++j) gather(columns + j * padded);
+      add_rows<Body>(columns, s, q, gates, row / plan.unit, in_sample == 0);
       row += count;
     }
   }
@@ -599,14 +643,15 @@ class Call {
     }
   }
 
-  void add_rows(const float* row_s, const float* row_q, double* s, double* q, float* gate_grad, bool first) const {
+  template <class Body>
+  void add_rows(const float* columns, double* s, double* q, const Gates& gates, int64_t n, bool first) const {
     const auto add = [&](int64_t at, auto lanes) __attribute__((always_inline)) {
-      const Vec vs = load(row_s + at, lanes), vq = load(row_q + at, lanes);
+      const Vec vs = load(columns + at, lanes), vq = load(columns + padded + at, lanes);
       add_to(s + at, vs);
       add_to(q + at, vq);
-      if (!gate_grad) return;
-      const Vec g = fma(vq, load(k.scale + at), vs * load(k.bias + at));
-      store(gate_grad + at, first ? g : g + load(gate_grad + at, lanes), lanes);
+      gates.put(0, n, at, lanes, fma(vq, load(k.scale + at), vs * load(k.bias + at)), first);
+      for (int j = 2; j < Body::kSums; ++j)
+        gates.put(Body::kThird + j - 2, n, at, lanes, load(columns + j * padded + at, lanes), first);
     };
     int64_t at = 0;
     for (; at + kLanes <= C; at += kLanes) add(at, All{});
@@ -754,10 +799,14 @@ struct Backward : Call<T> {
   using Call<T>::sums;
   using Call<T>::per_channel;
   const BatchNormActBackward& b;
+  const Gates gates;
 
   explicit Backward(const BatchNormActBackward& args)
-      : Call<T>(args, make_plan(args, args.mask, args.gate_grad, aligned(args.dx) && aligned(args.dresidual))),
-        b(args) {}
+      : Backward(args, {{args.gate_grad, args.gate_abs, args.out_grad, args.out_abs}}) {}
+  Backward(const BatchNormActBackward& args, const Gates& gates)
+      : Call<T>(args, make_plan(args, args.mask, gates.any(), aligned(args.dx) && aligned(args.dresidual))),
+        b(args),
+        gates(gates) {}
 
   void operator()() {
     for (int64_t c = 0; c < C; ++c) this->set_affine(c, b.stats[c], b.stats[C + c]);
@@ -771,7 +820,7 @@ struct Backward : Call<T> {
     const auto as = [](const void* p) { return static_cast<const T*>(p); };
     const Grad<T, kRelu> grad = {as(b.x), as(b.dy), as(b.y), b.mask, k};
     this->spread_coefficients();
-    this->reduce(GradSums<T, kRelu>{grad}, b.gate_grad);
+    reduce_grad(grad);
     for (int64_t c = 0; c < C; ++c) finish(c);
     if (!b.dx && !b.dresidual) return;
     this->spread(k.slope);
@@ -780,6 +829,18 @@ struct Backward : Call<T> {
       differentiate<kRelu, false, false>(grad);
     else
       plan.stream ? differentiate<kRelu, true, kCanStream>(grad) : differentiate<kRelu, true, false>(grad);
+  }
+
+  template <Relu kRelu>
+  void reduce_grad(const Grad<T, kRelu>& grad) {
+    if constexpr (kRelu == Relu::kNone || kRelu == Relu::kMask)  // else refused, or without a residual and so without y
+      if (b.out_grad.data || b.out_abs.data) return reduce_grad<true>(grad);
+    reduce_grad<false>(grad);
+  }
+  template <bool kOut, Relu kRelu>
+  void reduce_grad(const Grad<T, kRelu>& grad) {
+    b.gate_abs.data ? this->reduce(GradSums<T, kRelu, true, kOut>{grad}, gates)
+                    : this->reduce(GradSums<T, kRelu, false, kOut>{grad}, gates);
   }
 
   void finish(int64_t c) {

@@ -42,6 +42,17 @@ Parameter parameter(const Tensor* t, const char* name, const Tensor& x) {
   return {t->data_ptr(), dtype == ScalarType::BFloat16};
 }
 
+GateBuffer gate_buffer(const OptionalTensor& t, const char* name, const BatchNormAct& a) {
+  if (!t) return {};
+  STD_TORCH_CHECK(t->is_cpu() && t->scalar_type() == ScalarType::Float && t->dim() == 2 && t->size(0) == a.samples &&
+                      t->size(1) == a.channels && (a.channels <= 1 || t->stride(1) == 1) &&
+                      (a.samples <= 1 || t->stride(0) >= a.channels),
+                  name, " must be (", a.samples, ", ", a.channels, ") float32 on the CPU with strides (at least ",
+                  a.channels, ", 1); got ", shape_string(*t), " ", torch::headeronly::toString(t->scalar_type()),
+                  " with strides ", strides_string(*t));
+  return {static_cast<float*>(t->data_ptr()), t->stride(0)};
+}
+
 // What both directions check and fill in.
 void describe(BatchNormAct& a, const Tensor& x, const Tensor* weight, const Tensor* bias, bool training, double eps,
               bool sigmoid, bool relu) {
@@ -116,8 +127,9 @@ std::tuple<Tensor, Tensor, Tensor> batch_norm_act(const Tensor& x, const Optiona
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> batch_norm_act_backward(
     const Tensor& dy, const Tensor& x, const OptionalTensor& weight, const OptionalTensor& bias, const Tensor& stats,
-    const OptionalTensor& y, const OptionalTensor& mask, const OptionalTensor& gate_grad, bool training, double eps,
-    bool sigmoid, bool relu, bool need_dx, bool need_dresidual) {
+    const OptionalTensor& y, const OptionalTensor& mask, const OptionalTensor& gate_grad,
+    const OptionalTensor& gate_abs, const OptionalTensor& out_grad, const OptionalTensor& out_abs, bool training,
+    double eps, bool sigmoid, bool relu, bool need_dx, bool need_dresidual) {
   BatchNormActBackward a;
   describe(a, x, pointer(weight), pointer(bias), training, eps, sigmoid, relu);
   FP_CHECK_LIKE(dy, x);
@@ -130,12 +142,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> batch_norm_act_backward(
     FP_CHECK_DTYPE(*mask, ScalarType::Byte, "uint8");
     FP_CHECK_SHAPE(*mask, mask->numel() == bytes, "(N, C, 2 ceil(H W / 16)), channels_last (N, H W, 2 ceil(C / 16))");
   }
-  if (gate_grad) {
-    FP_CHECK_DTYPE(*gate_grad, ScalarType::Float, "float32");
-    FP_CHECK_SHAPE(*gate_grad,
-                   gate_grad->dim() == 2 && gate_grad->size(0) == a.samples && gate_grad->size(1) == a.channels,
-                   "(N, C)");
-  }
+  a.gate_grad = gate_buffer(gate_grad, "gate_grad", a);
+  a.gate_abs = gate_buffer(gate_abs, "gate_abs", a);
+  a.out_grad = gate_buffer(out_grad, "out_grad", a);
+  a.out_abs = gate_buffer(out_abs, "out_abs", a);
+  // The mask tells the ReLU in a sixteenth or a thirty-second of what a second reading of y would take.
+  STD_TORCH_CHECK((y && (mask || !relu || x.numel() == 0)) || !(out_grad || out_abs),
+                  "out_grad and out_abs need y, and mask after a ReLU");
   need_dresidual = need_dresidual && relu;
 
   const auto like_or_none = [](bool wanted, const Tensor& t) {
@@ -149,7 +162,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> batch_norm_act_backward(
   a.y = y ? y->data_ptr() : nullptr;
   a.mask = mask ? static_cast<const uint16_t*>(mask->data_ptr()) : nullptr;
   a.stats = static_cast<const float*>(stats.data_ptr());
-  a.gate_grad = gate_grad ? static_cast<float*>(gate_grad->data_ptr()) : nullptr;
   a.dx = need_dx ? dx.data_ptr() : nullptr;
   a.dresidual = need_dresidual ? dresidual.data_ptr() : nullptr;
   a.dweight = {weight ? dweight.data_ptr() : nullptr, a.weight.is_bfloat16};
@@ -164,6 +176,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> batch_norm_act_backward(
         else
           static_cast<float*>(p.data)[c] = 0;
       }
+    for (const GateBuffer& g : {a.gate_grad, a.gate_abs, a.out_grad, a.out_abs})
+      for (int64_t n = 0; g.data && n < a.samples; ++n)
+        for (int64_t c = 0; c < a.channels; ++c) g.data[n * g.stride + c] = 0;
   }
   return {dx, dweight, dbias, dresidual};
 }

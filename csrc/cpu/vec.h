@@ -61,6 +61,7 @@ FP_INLINE Vec operator+(Vec a, Vec b) { return {_mm512_add_ps(a.v, b.v)}; }
 FP_INLINE Vec operator-(Vec a, Vec b) { return {_mm512_sub_ps(a.v, b.v)}; }
 FP_INLINE Vec operator*(Vec a, Vec b) { return {_mm512_mul_ps(a.v, b.v)}; }
 FP_INLINE Vec fma(Vec a, Vec b, Vec c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }
+FP_INLINE Vec abs(Vec a) { return {_mm512_abs_ps(a.v)}; }
 FP_INLINE Vec relu(Vec a) { return {_mm512_max_ps(_mm512_setzero_ps(), a.v)}; }  // the second operand wins on NaN
 FP_INLINE uint32_t passes(Vec z) { return _mm512_cmp_ps_mask(z.v, _mm512_setzero_ps(), _CMP_NLE_UQ); }
 FP_INLINE Vec keep(Vec a, uint32_t bits) { return {_mm512_maskz_mov_ps(static_cast<__mmask16>(bits), a.v)}; }
@@ -135,6 +136,10 @@ FP_INLINE Vec operator-(Vec a, Vec b) { return {_mm256_sub_ps(a.lo, b.lo), _mm25
 FP_INLINE Vec operator*(Vec a, Vec b) { return {_mm256_mul_ps(a.lo, b.lo), _mm256_mul_ps(a.hi, b.hi)}; }
 FP_INLINE Vec fma(Vec a, Vec b, Vec c) {
   return {_mm256_fmadd_ps(a.lo, b.lo, c.lo), _mm256_fmadd_ps(a.hi, b.hi, c.hi)};
+}
+FP_INLINE Vec abs(Vec a) {
+  const __m256 sign = _mm256_set1_ps(-0.0f);
+  return {_mm256_andnot_ps(sign, a.lo), _mm256_andnot_ps(sign, a.hi)};
 }
 FP_INLINE Vec relu(Vec a) {  // the second operand wins on NaN
   return {_mm256_max_ps(_mm256_setzero_ps(), a.lo), _mm256_max_ps(_mm256_setzero_ps(), a.hi)};
@@ -263,6 +268,9 @@ FP_INLINE Vec fma(Vec a, Vec b, Vec c) {
 FP_INLINE Float4 and_not(Int4 drop, Float4 a) { return reinterpret_cast<Float4>(~drop & reinterpret_cast<Int4>(a)); }
 FP_INLINE Vec keep_where_passes(Vec a, Vec z) {
   return each([&](int k) { return and_not(z.q[k] <= Float4{}, a.q[k]); });
+}
+FP_INLINE Vec abs(Vec a) {
+  return each([&](int k) { return reinterpret_cast<Float4>(reinterpret_cast<Int4>(a.q[k]) & 0x7fffffff); });
 }
 FP_INLINE Vec relu(Vec a) { return keep_where_passes(a, a); }
 FP_INLINE uint32_t passes(Vec z) {

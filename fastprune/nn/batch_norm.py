@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from fastprune.errors import GraphError
 from fastprune.ops.batch_norm_act import batch_norm_act
+from fastprune.ops.channel_gate import channel_gate
 from fastprune.ops.sync_batch_norm import sync_batch_norm_act
 
 
@@ -32,6 +35,8 @@ class BatchNormAct2d(nn.BatchNorm2d):
     Attributes:
         gate_grad: None, or a buffer (N, C), float32 (float64 for float64 activations), that each backward overwrites
             with the per-sample gate gradients, see :func:`fastprune.ops.batch_norm_act`.
+        gate_slots: None, or a function of x that each forward which autograd records calls for such buffers, as keyword
+            arguments of :func:`fastprune.ops.batch_norm_act`; see :class:`fastprune.gates.GateStatistics`.
 
     Source: Ioffe and Szegedy, 2015, arXiv:1502.03167; sigmoid bound, Suteu and Guo, 2022, arXiv:2204.06404.
     """
@@ -40,6 +45,7 @@ class BatchNormAct2d(nn.BatchNorm2d):
     act: str | None = None
     bound: str | None = None
     gate_grad: Tensor | None = None
+    gate_slots: Callable[[Tensor], dict[str, Tensor]] | None = None
 
     def __init__(
         self,
@@ -92,12 +98,19 @@ class BatchNormAct2d(nn.BatchNorm2d):
         """
         self._check_input_dim(x)
         act = act or self.act
+        gates = {} if self.gate_grad is None else {"gate_grad": self.gate_grad}
+        if self.gate_slots is not None and torch.is_grad_enabled():
+            gates = self.gate_slots(x)
+            if residual is None and "out_grad" in gates:
+                raise GraphError("BatchNormAct2d: expected a residual as when its gates were found; find them again")
         if residual is None or (residual.shape == x.shape and residual.dtype == x.dtype):
-            return self._norm(x, residual, act)
-        y = self._norm(x, None, None) + residual
-        return y.relu() if act else y
+            return self._norm(x, residual, act, gates)
+        outer = {f"gate_{key[4:]}": t for key, t in gates.items() if key.startswith("out_")}
+        y = self._norm(x, None, None, {key: t for key, t in gates.items() if not key.startswith("out_")}) + residual
+        y = y.relu() if act else y
+        return channel_gate(y, **outer) if outer else y
 
-    def _norm(self, x: Tensor, residual: Tensor | None, act: str | None) -> Tensor:
+    def _norm(self, x: Tensor, residual: Tensor | None, act: str | None, gates: dict[str, Tensor]) -> Tensor:
         update = self.training and self.track_running_stats
         tracked = update or not self.training  # as nn.BatchNorm2d: untracked buffers are neither read nor written
         return batch_norm_act(
@@ -113,7 +126,7 @@ class BatchNormAct2d(nn.BatchNorm2d):
             training=self.training or self.running_mean is None,
             momentum=self.momentum,
             eps=self.eps,
-            gate_grad=self.gate_grad,
+            **gates,
         )
 
     def extra_repr(self) -> str:
@@ -206,10 +219,10 @@ class SyncBatchNormAct2d(BatchNormAct2d):
         super().__init__(num_features, *args, **kwargs)
         self.process_group = process_group
 
-    def _norm(self, x: Tensor, residual: Tensor | None, act: str | None) -> Tensor:
+    def _norm(self, x: Tensor, residual: Tensor | None, act: str | None, gates: dict[str, Tensor]) -> Tensor:
         alone = not (dist.is_available() and dist.is_initialized()) or dist.get_world_size(self.process_group) == 1
         if alone or not self.training:
-            return super()._norm(x, residual, act)
+            return super()._norm(x, residual, act, gates)
         update = self.track_running_stats
         return sync_batch_norm_act(
             x,
@@ -223,6 +236,6 @@ class SyncBatchNormAct2d(BatchNormAct2d):
             bound=self.bound,
             momentum=self.momentum,
             eps=self.eps,
-            gate_grad=self.gate_grad,
             group=self.process_group,
+            **gates,
         )

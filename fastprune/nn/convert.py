@@ -94,6 +94,13 @@ def convert_sync_batchnorm(model: nn.Module, process_group: dist.ProcessGroup | 
     return model
 
 
+def convert_plain(module: nn.Module) -> bool:
+    """Make one ``nn.BatchNorm2d`` ours, in place, with nothing folded; whether it is ours now."""
+    if _is_plain(module):
+        module.__class__ = BatchNormAct2d
+    return isinstance(module, BatchNormAct2d)
+
+
 def _swap(model: nn.Module, cls: type[BatchNormAct2d]) -> list[str]:
     """Make all norms of ``model`` instances of ``cls``; the names of those left alone."""
     left = []

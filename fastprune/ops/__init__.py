@@ -1,6 +1,20 @@
 """Every op as a function; the backend that runs it is chosen in :mod:`fastprune.backends`."""
 
 from fastprune.ops.batch_norm_act import batch_norm_act
+from fastprune.ops.channel_gate import channel_gate
+from fastprune.ops.filter_norm import filter_norm
+from fastprune.ops.gate_sums import gate_sums
+from fastprune.ops.masked_conv2d import live_channels, masked_conv2d
 from fastprune.ops.scale_penalty import scale_penalty
+from fastprune.ops.weight_taylor import weight_taylor
 
-__all__ = ["batch_norm_act", "scale_penalty"]
+__all__ = [
+    "batch_norm_act",
+    "channel_gate",
+    "filter_norm",
+    "gate_sums",
+    "live_channels",
+    "masked_conv2d",
+    "scale_penalty",
+    "weight_taylor",
+]

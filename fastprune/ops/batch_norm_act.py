@@ -24,6 +24,9 @@ def batch_norm_act(
     momentum: float | None = 0.1,
     eps: float = 1e-5,
     gate_grad: Tensor | None = None,
+    gate_abs: Tensor | None = None,
+    out_grad: Tensor | None = None,
+    out_abs: Tensor | None = None,
     backend: str | None = None,
 ) -> Tensor:
     r"""Batch norm with scale ``weight`` or ``sigmoid(weight)``, then ``+ residual``, then ReLU.
@@ -33,9 +36,10 @@ def batch_norm_act(
     with :math:`s = \mathrm{weight}`, or :math:`\mathrm{sigmoid}(\mathrm{weight})` for ``bound="sigmoid"``.  Mean and
     variance are those of the batch (``training``) or the running ones.  Differentiable twice.
 
-    The *gate gradient* costs no extra pass: imagine a gate of value 1 on each channel of each sample, multiplying
-    ``z``; its gradient is :math:`S_{nc} = \sum_{hw} dz\, z = s_c \sum dz\,\hat x + b_c \sum dz`, sums that the backward
-    of a batch norm makes anyway.
+    *Gate gradients* cost no extra pass.  Imagine a gate of value 1 on each channel of each sample, multiplying ``z``;
+    its gradient is :math:`\sum_{hw} dz\, z = s_c \sum dz\,\hat x + b_c \sum dz`, sums that the backward of a batch norm
+    makes anyway.  A gate on ``y`` instead, after the residual and the ReLU, has :math:`\sum_{hw} dy\, y`; the backward
+    then reads ``y`` once, which the next convolution keeps anyway.  Without a residual the two are equal.
 
     Args:
         x: Activations, (N, C, H, W), float32, bfloat16, float16 (GPU; eager on CPU) or float64 (eager); NCHW or
@@ -51,8 +55,10 @@ def batch_norm_act(
         training: Normalise by the statistics of the batch.
         momentum: Weight of the new statistics; None is the cumulative average over ``num_batches_tracked`` batches.
         eps: Added to the variance.
-        gate_grad: Buffer, (N, C), float32 (float64 for float64 ``x``), contiguous; overwritten with ``S`` by each
-            backward.
+        gate_grad, gate_abs, out_grad, out_abs: Buffers, (N, C), float32 (float64 for float64 ``x``), with inner stride
+            1 and any row stride from C up, so that columns of one matrix serve a whole network.  Each backward
+            overwrites them: ``gate_grad`` with sum(dz z), ``gate_abs`` with sum(abs(dz z)), ``out_grad`` with
+            sum(dy y), ``out_abs`` with sum(abs(dy y)), over the pixels; dz is the gradient of ``z``.
         backend: Force one backend; the default is the table in :mod:`fastprune.backends`.
 
     Returns: (N, C, H, W), dtype and memory format of ``x``.
@@ -65,15 +71,15 @@ def batch_norm_act(
     Molchanov et al., CVPR 2019, arXiv:1906.10771, and Theis et al., 2018, arXiv:1801.05787.
     """
     tensors = (x, weight, bias, residual, running_mean, running_var, num_batches_tracked)
-    _check(*tensors, act, bound, training, momentum, eps, gate_grad)
+    gates = (gate_grad, gate_abs, out_grad, out_abs)
+    _check(*tensors, act, bound, training, momentum, eps)
+    _check_gates(x, gates)
     name = backends.select("batch_norm_act", backend, *tensors)
     run = backends.eager("batch_norm_act") if name == "eager" else _compiled
-    return run(tensors, (training, momentum, eps, bound == "sigmoid", act == "relu"), gate_grad, name)
+    return run(tensors, (training, momentum, eps, bound == "sigmoid", act == "relu"), gates, name)
 
 
-def _check(
-    x, weight, bias, residual, running_mean, running_var, tracked, act, bound, training, momentum, eps, gate_grad
-):
+def _check(x, weight, bias, residual, running_mean, running_var, tracked, act, bound, training, momentum, eps):
     if x.dim() != 4:
         raise ValueError(f"batch_norm_act: expected x (N, C, H, W), got {x.dim()} dimensions, {tuple(x.shape)}")
     if not x.is_floating_point():
@@ -111,17 +117,35 @@ def _check(
             raise ValueError("batch_norm_act: momentum=None (cumulative average) needs num_batches_tracked, got None")
     elif running_mean is None:
         raise ValueError("batch_norm_act: training=False needs running_mean and running_var, got None")
-    if gate_grad is not None:
-        acc = torch.promote_types(x.dtype, torch.float32)
-        fits = gate_grad.shape == x.shape[:2] and gate_grad.dtype == acc and gate_grad.device == x.device
-        if not fits or not gate_grad.is_contiguous():
+
+
+def _check_gates(x, gates):
+    (N, C), acc = x.shape[:2], torch.promote_types(x.dtype, torch.float32)
+    for name, t in zip(("gate_grad", "gate_abs", "out_grad", "out_abs"), gates, strict=True):
+        if t is None:
+            continue
+        fits = t.shape == (N, C) and t.dtype == acc and t.device == x.device
+        if not fits or (C > 1 and t.stride(1) != 1) or (N > 1 and t.stride(0) < C):
             raise ValueError(
-                f"batch_norm_act: expected gate_grad {tuple(x.shape[:2])} {acc} contiguous on {x.device}, "
-                f"got {tuple(gate_grad.shape)} {gate_grad.dtype} on {gate_grad.device}"
+                f"batch_norm_act: expected {name} ({N}, {C}) {acc} on {x.device} with strides (at least {C}, 1), "
+                f"got {tuple(t.shape)} {t.dtype} on {t.device} with strides {t.stride()}"
             )
 
 
-def _eager(tensors, flags, gate_grad, _):
+def _distinct(gates, has_residual):
+    """The sums to make, of gate_grad, gate_abs, out_grad and out_abs, and (to, from) pairs to copy afterwards.
+
+    Without a residual dy y = dz z, also where a ReLU cut: the sums are made once.
+    """
+    if has_residual:
+        return gates, []
+    grads, magnitudes = gates[::2], gates[1::2]
+    first = [next((t for t in pair if t is not None), None) for pair in (grads, magnitudes)]
+    copies = [pair[::-1] for pair in (grads, magnitudes) if pair[0] is not None and pair[1] is not None]
+    return (*first, None, None), copies
+
+
+def _eager(tensors, flags, gates, _):
     x, weight, bias, residual, running_mean, running_var, tracked = tensors
     training, momentum, eps, sigmoid, relu = flags
     if training and tracked is not None:
@@ -138,48 +162,69 @@ def _eager(tensors, flags, gate_grad, _):
         running_mean.copy_(mean)
     if training and running_var is not None and var is not running_var:
         running_var.copy_(var)
-    if gate_grad is not None:
-        z = _GateProbe.apply(z, gate_grad)
+    (*at_z, out_grad, out_abs), copies = _distinct(gates, residual is not None)
+    z = _probe(z, *at_z, copies)
     if residual is not None:
         z = z + residual
-    return z.relu() if relu else z
+    return _probe(z.relu() if relu else z, out_grad, out_abs)
+
+
+def _probe(t, grad, magnitude, copies=()):
+    return t if grad is None and magnitude is None else _GateProbe.apply(t, grad, magnitude, copies)
 
 
 class _GateProbe(torch.autograd.Function):
-    """Identity whose backward writes the per-sample gate gradient: the definition, with a pass of its own."""
+    """Identity whose backward writes the gate sums of its input: the definition, with a pass of its own."""
 
     @staticmethod
-    def forward(ctx, z, gate_grad):
-        ctx.save_for_backward(z)
-        ctx.gate_grad = gate_grad
-        return z.view_as(z)
+    def forward(ctx, t, grad, magnitude, copies):
+        ctx.save_for_backward(t)
+        ctx.buffers = grad, magnitude, copies
+        return t.clone()  # not a view: an activation in place may follow
 
     @staticmethod
-    def backward(ctx, dz):
-        (z,) = ctx.saved_tensors
+    def backward(ctx, dt):
+        (t,) = ctx.saved_tensors
+        grad, magnitude, copies = ctx.buffers
         with torch.no_grad():
-            ctx.gate_grad.copy_((dz.to(ctx.gate_grad.dtype) * z).sum((2, 3)))
-        return dz, None
+            _write_sums(dt.to(torch.promote_types(dt.dtype, torch.float32)) * t, grad, magnitude)
+            _copy(copies)
+        return dt, None, None, None
 
 
-def _compiled(tensors, flags, gate_grad, backend):
+def _write_sums(product, grad, magnitude):
+    if grad is not None:
+        grad.copy_(product.sum((2, 3)))
+    if magnitude is not None:
+        magnitude.copy_(product.abs().sum((2, 3)))
+
+
+def _copy(pairs):
+    for to, source in pairs:
+        to.copy_(source)
+
+
+def _compiled(tensors, flags, gates, backend):
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors[:4]):
-        return _BatchNormAct.apply(*tensors, *flags, gate_grad, backend)
+        return _BatchNormAct.apply(*tensors, *flags, *gates, backend)
     return getattr(torch.ops.fastprune.batch_norm_act, backend)(*tensors, *flags, False)[0]
 
 
 class _BatchNormAct(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, bias, residual, *rest):
-        *rest, gate_grad, backend = rest
+        *rest, gate_grad, gate_abs, out_grad, out_abs, backend = rest
         training, _, eps, sigmoid, relu = rest[3:]
         masked = relu and residual is not None  # without a residual the backward finds the ReLU's mask again from x
+        gates, ctx.copies = _distinct((gate_grad, gate_abs, out_grad, out_abs), residual is not None)
+        sums_y = gates[2] is not None or gates[3] is not None
         run = getattr(torch.ops.fastprune.batch_norm_act, backend)
         y, stats, mask = run(x, weight, bias, residual, *rest, masked)
-        bits = masked and mask.numel() > 0
-        ctx.save_for_backward(x, weight, bias, stats, y if masked and not bits else None, mask if bits else None)
+        bits = mask.numel() > 0
+        keep_y = sums_y or (masked and not bits)
+        ctx.save_for_backward(x, weight, bias, stats, y if keep_y else None, mask if bits else None)
         ctx.flags, ctx.has_residual = (training, eps, sigmoid, relu), residual is not None
-        ctx.gate_grad, ctx.backend = gate_grad, backend
+        ctx.gates, ctx.backend = gates, backend
         return y
 
     @staticmethod
@@ -191,23 +236,24 @@ class _BatchNormAct(torch.autograd.Function):
         need_dx, need_dresidual = ctx.needs_input_grad[0], ctx.has_residual and ctx.needs_input_grad[3]
         # Grad mode is on only under create_graph=True: the gradient must then be made of differentiable operations.
         if torch.is_grad_enabled():
-            dx, dweight, dbias, dresidual = _differentiable_backward(dy, *saved, ctx.gate_grad, *ctx.flags)
+            dx, dweight, dbias, dresidual = _differentiable_backward(dy, *saved, ctx.gates, *ctx.flags)
         else:
             run = getattr(torch.ops.fastprune.batch_norm_act_backward, ctx.backend)
             needs = (need_dx, need_dresidual and relu)
-            dx, dweight, dbias, dresidual = run(dy, *saved, ctx.gate_grad, *ctx.flags, *needs)
+            dx, dweight, dbias, dresidual = run(dy, *saved, *ctx.gates, *ctx.flags, *needs)
             if not relu:
                 dresidual = dy
+        _copy(ctx.copies)
         return (
             dx if need_dx else None,
             None if weight is None else dweight,
             None if bias is None else dbias,
             dresidual if need_dresidual else None,
-            *(None,) * 10,
+            *(None,) * 13,
         )
 
 
-def _differentiable_backward(dy, x, weight, bias, stats, y, mask, gate_grad, training, eps, sigmoid, relu):
+def _differentiable_backward(dy, x, weight, bias, stats, y, mask, gates, training, eps, sigmoid, relu):
     """The backward in plain PyTorch, from ``x`` on, so that it has derivatives of its own."""
     acc = torch.promote_types(x.dtype, torch.float32)
 
@@ -228,9 +274,11 @@ def _differentiable_backward(dy, x, weight, bias, stats, y, mask, gate_grad, tra
         else:
             dz = dz * ~((column(scale) * xhat + column(shift) if y is None else y) <= 0)
     dshift, dscale = dz.sum((0, 2, 3)), (dz * xhat).sum((0, 2, 3))
-    if gate_grad is not None:
-        with torch.no_grad():
-            gate_grad.copy_((dz * (column(scale) * xhat + column(shift))).sum((2, 3)))
+    with torch.no_grad():
+        if any(t is not None for t in gates[:2]):
+            _write_sums(dz * (column(scale) * xhat + column(shift)), *gates[:2])
+        if any(t is not None for t in gates[2:]):
+            _write_sums(dz * y, *gates[2:])
     dxhat = dz
     if training:
         m = max(x.numel() // x.shape[1], 1)
@@ -261,8 +309,8 @@ def _fake(backend, x, weight, bias, residual, mean, var, tracked, training, mome
     return torch.empty_like(x), x.new_empty((2, C), dtype=torch.float32), x.new_empty(shape, dtype=torch.uint8)
 
 
-def _fake_backward(backend, dy, x, weight, bias, stats, y, mask, gate_grad, *flags):
-    need_dx, need_dresidual = flags[-2:]
+def _fake_backward(backend, dy, x, weight, bias, stats, y, mask, *rest):
+    need_dx, need_dresidual = rest[-2:]
     return (
         torch.empty_like(x) if need_dx else x.new_empty(0),
         x.new_empty(0) if weight is None else torch.empty_like(weight),
@@ -307,8 +355,9 @@ backends.define(
         "Tensor(b!)? running_var, Tensor(c!)? num_batches_tracked, bool training, float? momentum, float eps, "
         "bool sigmoid, bool relu, bool save_mask) -> (Tensor, Tensor, Tensor)",
         "batch_norm_act_backward": "(Tensor dy, Tensor x, Tensor? weight, Tensor? bias, Tensor stats, Tensor? y, "
-        "Tensor? mask, Tensor(a!)? gate_grad, bool training, float eps, bool sigmoid, bool relu, bool need_dx, "
-        "bool need_dresidual) -> (Tensor, Tensor, Tensor, Tensor)",
+        "Tensor? mask, Tensor(a!)? gate_grad, Tensor(b!)? gate_abs, Tensor(c!)? out_grad, Tensor(d!)? out_abs, "
+        "bool training, float eps, bool sigmoid, bool relu, bool need_dx, bool need_dresidual) "
+        "-> (Tensor, Tensor, Tensor, Tensor)",
     },
     eager=_eager,
     fake={"batch_norm_act": _fake, "batch_norm_act_backward": _fake_backward},

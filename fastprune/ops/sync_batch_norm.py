@@ -27,6 +27,9 @@ def sync_batch_norm_act(
     momentum: float | None = 0.1,
     eps: float = 1e-5,
     gate_grad: Tensor | None = None,
+    gate_abs: Tensor | None = None,
+    out_grad: Tensor | None = None,
+    out_abs: Tensor | None = None,
     group: dist.ProcessGroup | None = None,
     backend: str | None = None,
 ) -> Tensor:
@@ -37,7 +40,7 @@ def sync_batch_norm_act(
     the running statistics stay.  As in ``nn.SyncBatchNorm``, gradients of ``weight`` and ``bias`` are those of the
     local loss: DistributedDataParallel averages them.  Differentiable once.
 
-    Args: As ``batch_norm_act``; ``gate_grad`` has one row per local sample.
+    Args: As ``batch_norm_act``; the gate buffers have one row per local sample.
 
     Source: pairwise combination of variances, Chan, Golub and LeVeque, 1979, STAN-CS-79-773.
     """
@@ -72,6 +75,9 @@ def sync_batch_norm_act(
         training=False,
         eps=eps,
         gate_grad=gate_grad,
+        gate_abs=gate_abs,
+        out_grad=out_grad,
+        out_abs=out_abs,
         backend=backend,
     )
 

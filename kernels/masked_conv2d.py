@@ -1,0 +1,320 @@
+"""Convolution of live channels with live channels as implicit matrix products, forward and backward.
+
+Nothing is gathered in memory: tiles are loaded through the lists of live channels, and only tiles of live outputs are
+computed.  What is dead in the results was zeroed before.  Pixels are the rows of every product:
+
+    forward     y (pixels, outputs)   = sum over taps  x (pixels, inputs) @ w (inputs, outputs)
+    data        dx (pixels, inputs)   = sum over taps dy (pixels, outputs) @ w (outputs, inputs)
+    weight      dw (outputs, inputs)  = dy (outputs, pixels) @ x (pixels, inputs), one tap a program, pixels in chunks
+    finish      sum of the chunks, in order
+
+Weight masks are applied to weights as they are loaded and to dw as it is stored; a tile of weights that are all dead is
+not loaded, nor are the activations that it would meet.  All strides are in elements; offsets are 32-bit, which halves
+the registers of a tile's addresses, so tensors of 2^31 elements are refused.
+"""
+
+from __future__ import annotations
+
+import os
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+# The interpreter's numpy has no bfloat16; GPUs multiply half types in their own units.
+_WIDEN = os.environ.get("TRITON_INTERPRET") == "1"
+
+
+@triton.jit
+def _channel(index_ptr, at, count):
+    """The channels at positions ``at`` of a list, and which positions exist."""
+    live = at < count
+    c = at
+    if index_ptr is not None:
+        c = tl.load(index_ptr + at, mask=live, other=0).to(tl.int32)
+    return c, live
+
+
+@triton.jit
+def _pixel(at, H, W):
+    """Sample, row and column of pixels ``at``."""
+    return at // (H * W), at // W % H, at % W
+
+
+@triton.jit
+def _multiply(a, b, acc, WIDEN: tl.constexpr):
+    if WIDEN:
+        a = a.to(tl.float32)
+        b = b.to(tl.float32)
+    return tl.dot(a, b, acc, input_precision="ieee")
+
+
+@triton.jit
+def _forward_kernel(
+    x_ptr, w_ptr, mask_ptr, bias_ptr, y_ptr,
+    in_ptr, out_ptr,                  # live channels, int64; None: all
+    inputs, outputs, pixels,          # live inputs, live outputs, N * P * Q
+    H, W, P, Q,                       # of x, of y
+    x_n, x_c, x_h, x_w, y_n, y_c, y_h, y_w, w_o, w_i, w_h, w_w,
+    stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w,
+    KH: tl.constexpr, KW: tl.constexpr, WIDEN: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """A tile (BLOCK_M pixels, BLOCK_N live outputs) of y."""
+    m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    n, p, q = _pixel(m, P, Q)
+    o, o_live = _channel(out_ptr, tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N), outputs)
+    blocks = tl.cdiv(inputs, BLOCK_K)
+    acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+    for step in range(0, KH * KW * blocks):
+        tap = step // blocks
+        kh, kw = tap // KW, tap % KW
+        i, i_live = _channel(in_ptr, step % blocks * BLOCK_K + tl.arange(0, BLOCK_K), inputs)
+        h = p * stride_h - pad_h + kh * dilation_h
+        w = q * stride_w - pad_w + kw * dilation_w
+        inside = (m < pixels) & (h >= 0) & (h < H) & (w >= 0) & (w < W)
+        w_at = i[:, None] * w_i + o[None, :] * w_o + kh * w_h + kw * w_w
+        w_live = i_live[:, None] & o_live[None, :]
+        if mask_ptr is not None:
+            w_live &= tl.load(mask_ptr + w_at, mask=w_live, other=0) != 0
+        if mask_ptr is None or tl.max(tl.max(w_live.to(tl.int32), axis=1), axis=0) > 0:
+            x_at = (n * x_n + h * x_h + w * x_w)[:, None] + i[None, :] * x_c
+            x = tl.load(x_ptr + x_at, mask=inside[:, None] & i_live[None, :], other=0.0)
+            acc = _multiply(x, tl.load(w_ptr + w_at, mask=w_live, other=0.0), acc, WIDEN)
+    if bias_ptr is not None:
+        acc += tl.load(bias_ptr + o, mask=o_live, other=0.0).to(tl.float32)[None, :]
+    y_at = (n * y_n + p * y_h + q * y_w)[:, None] + o[None, :] * y_c
+    tl.store(y_ptr + y_at, acc, mask=(m < pixels)[:, None] & o_live[None, :])
+
+
+@triton.jit
+def _data_kernel(
+    dy_ptr, w_ptr, mask_ptr, dx_ptr,
+    in_ptr, out_ptr,
+    inputs, outputs, pixels,          # pixels: N * H * W
+    H, W, P, Q,
+    x_n, x_c, x_h, x_w, y_n, y_c, y_h, y_w, w_o, w_i, w_h, w_w,
+    stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w,
+    KH: tl.constexpr, KW: tl.constexpr, WIDEN: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """A tile (BLOCK_M pixels, BLOCK_N live inputs) of dx."""
+    m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    n, h, w = _pixel(m, H, W)
+    i, i_live = _channel(in_ptr, tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N), inputs)
+    blocks = tl.cdiv(outputs, BLOCK_K)
+    acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+    for step in range(0, KH * KW * blocks):
+        tap = step // blocks
+        kh, kw = tap // KW, tap % KW
+        o, o_live = _channel(out_ptr, step % blocks * BLOCK_K + tl.arange(0, BLOCK_K), outputs)
+        rise = h + pad_h - kh * dilation_h  # stride times the output pixel that read h through this tap
+        run = w + pad_w - kw * dilation_w
+        p, q = rise // stride_h, run // stride_w
+        read = (rise >= 0) & (rise % stride_h == 0) & (p < P) & (run >= 0) & (run % stride_w == 0) & (q < Q)
+        w_at = o[:, None] * w_o + i[None, :] * w_i + kh * w_h + kw * w_w
+        w_live = o_live[:, None] & i_live[None, :]
+        if mask_ptr is not None:
+            w_live &= tl.load(mask_ptr + w_at, mask=w_live, other=0) != 0
+        if mask_ptr is None or tl.max(tl.max(w_live.to(tl.int32), axis=1), axis=0) > 0:
+            dy_at = (n * y_n + p * y_h + q * y_w)[:, None] + o[None, :] * y_c
+            dy = tl.load(dy_ptr + dy_at, mask=(read & (m < pixels))[:, None] & o_live[None, :], other=0.0)
+            acc = _multiply(dy, tl.load(w_ptr + w_at, mask=w_live, other=0.0), acc, WIDEN)
+    x_at = (n * x_n + h * x_h + w * x_w)[:, None] + i[None, :] * x_c
+    tl.store(dx_ptr + x_at, acc, mask=(m < pixels)[:, None] & i_live[None, :])
+
+
+@triton.jit
+def _weight_kernel(
+    dy_ptr, x_ptr, partials_ptr,      # partials: (chunks, KH * KW, outputs, inputs) float32
+    in_ptr, out_ptr,
+    inputs, outputs, pixels, chunk,   # pixels: N * P * Q; chunk of them, a multiple of BLOCK_M
+    H, W, P, Q,
+    x_n, x_c, x_h, x_w, y_n, y_c, y_h, y_w,
+    stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w,
+    KH: tl.constexpr, KW: tl.constexpr, WIDEN: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """A tile (BLOCK_N live outputs, BLOCK_K live inputs) of one tap of dw, from one chunk of the pixels."""
+    tiles = tl.cdiv(inputs, BLOCK_K)
+    o_at = tl.program_id(0) // tiles * BLOCK_N + tl.arange(0, BLOCK_N)
+    i_at = tl.program_id(0) % tiles * BLOCK_K + tl.arange(0, BLOCK_K)
+    o, o_live = _channel(out_ptr, o_at, outputs)
+    i, i_live = _channel(in_ptr, i_at, inputs)
+    tap = tl.program_id(1)
+    kh, kw = tap // KW, tap % KW
+    first = tl.program_id(2) * chunk
+    acc = tl.zeros((BLOCK_N, BLOCK_K), dtype=tl.float32)
+    for start in range(0, chunk, BLOCK_M):
+        m = first + start + tl.arange(0, BLOCK_M)
+        n, p, q = _pixel(m, P, Q)
+        h = p * stride_h - pad_h + kh * dilation_h
+        w = q * stride_w - pad_w + kw * dilation_w
+        exists = m < pixels
+        inside = exists & (h >= 0) & (h < H) & (w >= 0) & (w < W)
+        dy_at = (n * y_n + p * y_h + q * y_w)[None, :] + o[:, None] * y_c
+        x_at = (n * x_n + h * x_h + w * x_w)[:, None] + i[None, :] * x_c
+        dy = tl.load(dy_ptr + dy_at, mask=inside[None, :] & o_live[:, None], other=0.0)
+        x = tl.load(x_ptr + x_at, mask=inside[:, None] & i_live[None, :], other=0.0)
+        acc = _multiply(dy, x, acc, WIDEN)
+    row = (tl.program_id(2).to(tl.int64) * (KH * KW) + tap) * outputs
+    at = (row + o_at)[:, None] * inputs + i_at[None, :]
+    tl.store(partials_ptr + at, acc, mask=o_live[:, None] & i_live[None, :])
+
+
+@triton.jit
+def _finish_kernel(
+    partials_ptr, mask_ptr, dw_ptr,
+    in_ptr, out_ptr,
+    inputs, outputs, chunks,
+    w_o, w_i, w_h, w_w,
+    KH: tl.constexpr, KW: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """BLOCK of the (KH * KW, outputs, inputs) live entries of dw."""
+    size = outputs.to(tl.int64) * inputs * (KH * KW)
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    live = at < size
+    acc = tl.zeros((BLOCK,), dtype=tl.float32)
+    for k in range(0, chunks):
+        acc += tl.load(partials_ptr + k * size + at, mask=live, other=0.0)
+    i, _ = _channel(in_ptr, at % inputs, inputs)
+    o, _ = _channel(out_ptr, at // inputs % outputs, outputs)
+    tap = at // inputs // outputs
+    w_at = o * w_o + i * w_i + tap // KW * w_h + tap % KW * w_w
+    if mask_ptr is not None:
+        live &= tl.load(mask_ptr + w_at, mask=live, other=0) != 0
+    tl.store(dw_ptr + w_at, acc, mask=live)
+
+
+def config(dtype: torch.dtype, outputs: int, inputs: int) -> dict[str, int]:
+    """Tile of the products; outputs and inputs are columns of the result and length of the sum, per tap."""
+
+    def fit(n, most):
+        return min(most, max(16, triton.next_power_of_2(n)))
+
+    if dtype == torch.float32:  # exact float32 products are scalar fused multiply-adds, with operands in registers
+        return {"BLOCK_M": 64, "BLOCK_N": fit(outputs, 32), "BLOCK_K": 16, "num_warps": 4}
+    return {"BLOCK_M": 64, "BLOCK_N": fit(outputs, 64), "BLOCK_K": fit(inputs, 32), "num_warps": 4}
+
+
+def weight_config(dtype: torch.dtype, outputs: int, inputs: int) -> dict[str, int]:
+    def fit(n, most):
+        return min(most, max(16, triton.next_power_of_2(n)))
+
+    most = 32 if dtype == torch.float32 else 64
+    block_m = 16 if dtype == torch.float32 else 32
+    return {"BLOCK_M": block_m, "BLOCK_N": fit(outputs, most), "BLOCK_K": fit(inputs, 32), "num_warps": 4}
+
+
+def _count(index: Tensor | None, channels: int) -> int:
+    return channels if index is None else index.shape[0]
+
+
+def _like(mask: Tensor | None, weight: Tensor) -> Tensor | None:
+    """The mask in the strides of the weight, as bytes."""
+    if mask is None:
+        return None
+    if mask.stride() != weight.stride():
+        mask = torch.empty_like(weight, dtype=torch.bool).copy_(mask)
+    return mask.view(torch.uint8)
+
+
+def _zeros(x: Tensor, channels: int, height: int, width: int, dead: bool) -> Tensor:
+    """(N, channels, height, width) like x, zeroed where some of it will not be written."""
+    nhwc = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
+    layout = torch.channels_last if nhwc else torch.contiguous_format
+    out = torch.empty((x.shape[0], channels, height, width), dtype=x.dtype, device=x.device, memory_format=layout)
+    return out.zero_() if dead else out
+
+
+def masked_conv2d(
+    x: Tensor, weight: Tensor, bias: Tensor | None, in_index: Tensor | None, out_index: Tensor | None,
+    weight_mask: Tensor | None, stride: list[int], padding: list[int], dilation: list[int],
+) -> Tensor:  # fmt: skip
+    """Launches the forward; arguments and result as in :mod:`fastprune.ops.masked_conv2d`."""
+    (N, C, H, W), (K, _, KH, KW) = x.shape, weight.shape
+    P, Q = (
+        (n + 2 * p - d * (k - 1) - 1) // s + 1
+        for n, k, s, p, d in zip((H, W), (KH, KW), stride, padding, dilation, strict=True)
+    )
+    y = _zeros(x, K, P, Q, out_index is not None)
+    inputs, outputs, pixels = _count(in_index, C), _count(out_index, K), N * P * Q
+    cfg = config(x.dtype, outputs, inputs)
+    grid = (triton.cdiv(pixels, cfg["BLOCK_M"]), triton.cdiv(outputs, cfg["BLOCK_N"]))
+    if pixels:
+        with torch.cuda.device_of(x):
+            _forward_kernel[grid](
+                x, weight, _like(weight_mask, weight), bias, y, in_index, out_index, inputs, outputs, pixels,
+                H, W, P, Q, *x.stride(), *y.stride(), *weight.stride(), *stride, *padding, *dilation,
+                KH=KH, KW=KW, WIDEN=_WIDEN, **cfg,
+            )  # fmt: skip
+    return y
+
+
+def masked_conv2d_backward(
+    dy: Tensor, x: Tensor, weight: Tensor, in_index: Tensor | None, out_index: Tensor | None,
+    weight_mask: Tensor | None, stride: list[int], padding: list[int], dilation: list[int],
+    need_dx: bool, need_dweight: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Launches the backward; an empty tensor for a gradient that is not needed."""
+    (N, C, H, W), (K, _, KH, KW), (P, Q) = x.shape, weight.shape, dy.shape[2:]
+    inputs, outputs = _count(in_index, C), _count(out_index, K)
+    mask = _like(weight_mask, weight)
+    sizes = (H, W, P, Q, *x.stride(), *dy.stride())
+    window = (*stride, *padding, *dilation)
+    dx, dw = x.new_empty(0), weight.new_empty(0)
+    with torch.cuda.device_of(x):
+        if need_dx:
+            dx = _zeros(x, C, H, W, in_index is not None)
+            sizes_dx = (H, W, P, Q, *dx.stride(), *dy.stride())
+            cfg = config(x.dtype, inputs, outputs)
+            grid = (triton.cdiv(N * H * W, cfg["BLOCK_M"]), triton.cdiv(inputs, cfg["BLOCK_N"]))
+            if dx.numel():
+                _data_kernel[grid](
+                    dy, weight, mask, dx, in_index, out_index, inputs, outputs, N * H * W,
+                    *sizes_dx, *weight.stride(), *window, KH=KH, KW=KW, WIDEN=_WIDEN, **cfg,
+                )  # fmt: skip
+        if need_dweight:
+            dead = any(t is not None for t in (in_index, out_index, mask)) or not N
+            dw = torch.zeros_like(weight) if dead else torch.empty_like(weight)
+            cfg, pixels = weight_config(x.dtype, outputs, inputs), N * P * Q
+            tiles = triton.cdiv(outputs, cfg["BLOCK_N"]) * triton.cdiv(inputs, cfg["BLOCK_K"])
+            # Fixed by the shape alone, so that sums have one order: 1024 programs fill the largest GPUs.
+            chunks = max(1, min(triton.cdiv(1024, tiles * KH * KW), triton.cdiv(pixels, 8 * cfg["BLOCK_M"])))
+            chunk = triton.cdiv(triton.cdiv(pixels, chunks), cfg["BLOCK_M"]) * cfg["BLOCK_M"]
+            partials = x.new_empty((chunks, KH * KW, outputs, inputs), dtype=torch.float32)
+            if pixels:
+                _weight_kernel[(tiles, KH * KW, chunks)](
+                    dy, x, partials, in_index, out_index, inputs, outputs, pixels, chunk,
+                    *sizes, *window, KH=KH, KW=KW, WIDEN=_WIDEN, **cfg,
+                )  # fmt: skip
+                _finish_kernel[(triton.cdiv(KH * KW * outputs * inputs, 256),)](
+                    partials, mask, dw, in_index, out_index, inputs, outputs, chunks, *weight.stride(),
+                    KH=KH, KW=KW, BLOCK=256, num_warps=2,
+                )  # fmt: skip
+    return dx, dw
+
+
+AOT_DTYPES = ("fp32", "bf16", "fp16")
+
+
+def aot(dtype: str) -> list[tuple]:
+    """What scripts/aot_check.py compiles: 3x3, masks of both kinds and none, wide and narrow layers."""
+    torch_dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[dtype]
+    names = "inputs outputs pixels chunk chunks H W P Q stride_h stride_w pad_h pad_w dilation_h dilation_w".split()
+    names += [f"{t}_{d}" for t in "xy" for d in "nchw"] + [f"w_{d}" for d in "oihw"]
+    numbers = dict.fromkeys(names, "i32")
+    pointers = {f"{t}_ptr": f"*{dtype}:16" for t in ("x", "w", "y", "dy", "dx", "dw", "bias")}
+    pointers |= {"partials_ptr": "*fp32:16", "in_ptr": "*i64:16", "out_ptr": "*i64:16", "mask_ptr": "*u8:16"}
+    rows = []
+    for label, masked, outputs, inputs in (("masked", True, 128, 128), ("16 to 16", False, 16, 16)):
+        types = {**pointers, **numbers} if masked else {**pointers, **numbers, "mask_ptr": None, "bias_ptr": None}
+        taps = {"KH": 3, "KW": 3}
+        tile = {**taps, "WIDEN": False, **config(torch_dtype, outputs, inputs)}
+        for kernel in (_forward_kernel, _data_kernel):
+            rows.append((label, kernel, types, tile, False))
+        weight = {**taps, "WIDEN": False, **weight_config(torch_dtype, outputs, inputs)}
+        rows.append((label, _weight_kernel, types, weight, False))
+        rows.append((label, _finish_kernel, types, {**taps, "BLOCK": 256, "num_warps": 2}, False))
+    return rows
