@@ -14,6 +14,9 @@ from torch import nn
 from bench import harness, table
 from bench.e2e import step
 from bench.ops import batch_norm_act as op_bench
+from bench.ops import channel_gate as gate_bench
+from bench.ops import filter_norm as filter_bench
+from bench.ops import masked_conv2d as conv_bench
 from fastprune import backends, models
 
 # ---- numbers
@@ -235,7 +238,9 @@ def test_a_damaged_result_file_is_named_by_line(tmp_path):
 def test_contestants_compute_the_same(what, layout):
     x = torch.randn(4, 5, 6, 7).to(memory_format=op_bench.LAYOUTS[layout])
     calls = op_bench.contestants(what, x, "eager", compiled=False)
-    names = {"eager", "fastprune", "copy"} | ({"eager+gates", "fastprune+gates"} if what in ("relu", "add") else set())
+    names = {"eager", "fastprune", "copy"}
+    names |= {"eager+gates", "fastprune+gates", "fastprune+gates+abs"} if what in ("relu", "add") else set()
+    names |= {"fastprune+gates+out"} if what == "add" else set()
     assert set(calls) == names
     with torch.set_grad_enabled(what != "eval"):
         results = {name: call() for name, call in calls.items()}
@@ -260,6 +265,19 @@ def test_gate_gradients_of_eager_hook_and_op_agree():
     torch.testing.assert_close(*gates)
 
 
+@pytest.mark.parametrize("what", gate_bench.TRAFFIC)
+def test_the_gate_bench_compares_equals(what):
+    calls = gate_bench.contestants(what, torch.randn(4, 5, 6, 7), "eager")
+    for a, b in zip(calls[gate_bench.EAGER](), calls[gate_bench.OURS](), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("what", ["l1", "l2", "l1 inputs", "taylor"])
+def test_the_filter_bench_compares_equals(what):
+    calls = filter_bench.contestants(what, [torch.randn(4, 3, 3, 3), torch.randn(5, 4)], "eager")
+    torch.testing.assert_close(torch.cat(calls[filter_bench.EAGER]()), calls[filter_bench.OURS]())
+
+
 def test_the_op_bench_runs_and_files_its_rows(tmp_path, monkeypatch, capsys):
     argv = "bench --no-gate --backend eager --shapes 2x3x4x4 --dtypes float32 --sample-ms 0.1 --rounds 7 --out"
     monkeypatch.setattr(sys, "argv", [*argv.split(), str(tmp_path)])
@@ -269,7 +287,7 @@ def test_the_op_bench_runs_and_files_its_rows(tmp_path, monkeypatch, capsys):
     finally:
         torch.set_num_threads(threads)
     rows = table.latest([tmp_path / "batch_norm_act.jsonl"])
-    assert len(rows) == 2 * (5 + 5 + 3 + 3) and not any(r["provenance"]["verified"] for r in rows)
+    assert len(rows) == 2 * (6 + 7 + 3 + 3) and not any(r["provenance"]["verified"] for r in rows)
     assert {r["case"]["allocator"] for r in rows} == {"default"}
     assert "ReLU, x up to 8 MB: fastprune against eager, 2 cases: least" in capsys.readouterr().out
 
@@ -285,6 +303,30 @@ def test_the_summary_names_what_misses():
     assert "x over 8 MB, allocator tuned: fastprune against eager, 1 cases: least 2.10x" in text
     assert "median missed" in text.splitlines()[-1]  # 2.1 against 3.5
     assert "batch norm alone" not in text  # nothing measured, nothing said
+
+
+@pytest.mark.parametrize("layout", conv_bench.LAYOUTS)
+def test_contestants_of_masked_conv2d_compute_the_same(layout):
+    torch.manual_seed(0)
+    calls = conv_bench.contestants((2, 8, 5, 4), 0.5, torch.float64, conv_bench.LAYOUTS[layout], "cpu", "eager")
+    assert set(calls) == {"fastprune", "eager", "smaller"}
+    results = {name: call() for name, call in calls.items()}
+    torch.testing.assert_close(results["fastprune"], results["eager"])
+    dx, dweight = results["eager"]
+    live_in, live_out = dx.any(3).any(2).any(0), dweight.flatten(1).any(1)
+    torch.testing.assert_close(results["smaller"], (dx[:, live_in], dweight[live_out][:, live_in]))
+
+
+def test_the_bench_of_masked_conv2d_runs_and_files_its_rows(tmp_path, monkeypatch, capsys):
+    argv = "bench --no-gate --backend eager --shapes 2x4x4x4 --dtypes float32 --sample-ms 0.1 --rounds 7 --out"
+    monkeypatch.setattr(sys, "argv", [*argv.split(), str(tmp_path)])
+    threads = torch.get_num_threads()
+    try:
+        conv_bench.main()
+    finally:
+        torch.set_num_threads(threads)
+    rows = table.latest([tmp_path / "masked_conv2d.jsonl"])
+    assert len(rows) == 2 * 3 * 3 and "75% dead, 2 cases:" in capsys.readouterr().out
 
 
 def test_calls_are_counted_forward_and_backward():

@@ -9,7 +9,8 @@ What is timed, forward and backward in training unless said otherwise, parameter
 
 Eager uses the in-place add and ReLU, as torchvision's networks do.  ``+gates`` also makes the per-sample gate
 gradients; for eager that is a hook on the output of the batch norm, with add and ReLU not in place, since the hook
-needs that output.  GB/s count what any implementation must move (see TRAFFIC), against a copy of x in the same run.
+needs that output.  ``+gates+abs`` adds gate_abs, and ``+gates+out``, with the residual, out_grad and out_abs, for which
+y is read once more.  GB/s count what any implementation must move (see TRAFFIC), against a copy of x in the same run.
 """
 
 from __future__ import annotations
@@ -42,6 +43,7 @@ TRAFFIC = {  # tensors of the size of x that must be read or written
     "eval": 2,
 }
 OURS, GATES, EAGER, HOOKS, COMPILED = "fastprune", "fastprune+gates", "eager", "eager+gates", "torch.compile"
+ABS, OUT = "fastprune+gates+abs", "fastprune+gates+out"
 SMALL = 8 << 20  # bytes of x
 
 
@@ -102,17 +104,18 @@ def contestants(what: str, x: Tensor, backend: str, compiled: bool) -> dict[str,
     weight, bias = (torch.rand(C, device=x.device, requires_grad=training) for _ in range(2))
     stats = [torch.zeros(C, device=x.device), torch.ones(C, device=x.device), torch.tensor(0, device=x.device)]
     residual = torch.randn_like(x).requires_grad_() if what == "add" else None
-    dy, gates, target = torch.randn_like(x), x.new_empty(x.shape[:2], dtype=torch.float32), torch.empty_like(x)
+    dy, target = torch.randn_like(x), torch.empty_like(x)
+    gates, *more = (x.new_empty(x.shape[:2], dtype=torch.float32) for _ in range(3))
     x.requires_grad_(training)
     inputs = [t for t in (x, weight, bias, residual) if t is not None]
 
-    def fused(gate_grad=None):
+    def fused(**buffers):
         return ops.batch_norm_act(
             *(x, weight, bias, *stats),
             residual=residual,
             act="relu" if relu else None,
             training=training,
-            gate_grad=gate_grad,
+            **buffers,
             backend=backend,
         )
 
@@ -122,7 +125,10 @@ def contestants(what: str, x: Tensor, backend: str, compiled: bool) -> dict[str,
     plain = (x, weight, bias, *stats, residual, relu, training)
     forwards = {EAGER: lambda: eager(*plain), OURS: fused}
     if what in ("relu", "add"):
-        forwards |= {HOOKS: lambda: eager_with_hook(*plain[:7], gates), GATES: lambda: fused(gates)}
+        forwards |= {HOOKS: lambda: eager_with_hook(*plain[:7], gates), GATES: lambda: fused(gate_grad=gates)}
+        forwards[ABS] = lambda: fused(gate_grad=gates, gate_abs=more[0])
+    if what == "add":
+        forwards[OUT] = lambda: fused(gate_grad=gates, out_grad=more[0], out_abs=more[1])
     if compiled:
         torch._dynamo.reset()
         quick = torch.compile(eager, fullgraph=True, dynamic=False)
@@ -132,7 +138,7 @@ def contestants(what: str, x: Tensor, backend: str, compiled: bool) -> dict[str,
 
 
 def run(args: argparse.Namespace, allocator: str) -> Iterator[dict]:
-    over = {OURS: [EAGER], GATES: [OURS, HOOKS]}
+    over = {OURS: [EAGER], GATES: [OURS, HOOKS], ABS: [OURS], OUT: [OURS]}
     if args.compile:
         over[OURS] = [EAGER, COMPILED]
     cases = [(s, d, la, w) for s in args.shapes for d in args.dtypes for la in args.layouts for w in args.what]
@@ -153,7 +159,7 @@ def run(args: argparse.Namespace, allocator: str) -> Iterator[dict]:
                 for o, s in row.get("speedup", {}).items()
             )
             print(
-                f"{what:5}{case['shape']:14}{dtype:9}{layout:5}{row['impl']:16}{row['us']:10.1f} us"
+                f"{what:5}{case['shape']:14}{dtype:9}{layout:5}{row['impl']:20}{row['us']:10.1f} us"
                 f"{row['gb_per_s']:7.1f} GB/s {row['of_copy']:5.0%} of copy  {faster}",
                 flush=True,
             )
