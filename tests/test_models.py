@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -9,10 +10,11 @@ import pytest
 import torch
 from torch import nn
 
-from fastprune import models
+from fastprune import compact, graph, models
 from fastprune import nn as fpnn
 
-REFERENCE = json.loads((Path(__file__).parent / "golden" / "flops_reference.json").read_text())["unpruned"]
+COSTS = json.loads((Path(__file__).parent / "golden" / "flops_reference.json").read_text())
+REFERENCE = COSTS["unpruned"]
 CASES = [
     ("vgg16-rni", 10, None, "vgg16_cifar10_rni"),
     ("vgg16-rni", 100, None, "vgg16_cifar100_rni"),
@@ -22,6 +24,11 @@ CASES = [
     ("resnet56-rni", 100, None, "resnet56_cifar100"),
     ("resnet56-rni", 10, "sigmoid", "resnet56_cifar10_rni_sigbn"),
     ("resnet56", 10, None, "resnet56_cifar10"),
+    ("wrn-40-2", 10, None, "wrn_40_2"),
+    ("densenet-bc-100", 10, None, "densenet_bc_100_12"),
+    ("resnet34", 1000, None, "resnet34_imagenet"),
+    ("resnet50", 1000, None, "resnet50_imagenet"),
+    ("resnet101", 1000, None, "resnet101_imagenet"),
 ]
 
 
@@ -47,13 +54,124 @@ def count(model, x):
 @pytest.mark.parametrize("name, classes, bound, key", CASES, ids=[f"{c[0]}-{c[3]}" for c in CASES])
 def test_parameters_and_macs_are_the_authors(name, classes, bound, key):
     ref = REFERENCE[key]
-    model = models.create(name, num_classes=classes, **({"bound": bound} if bound else {}))
-    macs, layers = count(model, torch.randn(1, 3, 32, 32))
+    size = 224 if key.endswith("imagenet") else 32
+    with torch.device("meta"):
+        model = models.create(name, num_classes=classes, **({"bound": bound} if bound else {}))
+        macs, layers = count(model, torch.empty(1, 3, size, size))
     weighted = [m for m in model.modules() if isinstance(m, nn.Conv2d | nn.Linear)]
     assert macs == ref["macs"]
     assert sum(p.numel() for p in model.parameters()) == ref["params_total"]
     assert sum(p.numel() for m in weighted for p in m.parameters()) == ref["params_convfc"]
     assert layers == list(ref["layers"].values())
+
+
+def family(key):
+    """Name and arguments of a network of the reference's reduced families."""
+    numbers = [float(n) for n in re.findall(r"\d+(?:\.\d+)?", key)]
+    if key.startswith("densenet_bc"):  # densenet_bc_<depth>_<growth>
+        return "densenet-bc-100", {"depth": int(numbers[0]), "growth": int(numbers[1])}
+    if key.startswith("wrn_40_2_bottle"):
+        return "wrn-40-2", {"bottle_mult": numbers[2]}
+    return "wrn-40-2", {"depth": int(numbers[0]), "width": numbers[1]}
+
+
+@pytest.mark.parametrize("key", COSTS["reduced_families"])
+def test_reduced_families_have_the_authors_size(key):
+    ref, (name, arguments) = COSTS["reduced_families"][key], family(key)
+    with torch.device("meta"):
+        model = models.create(name, **arguments)
+        macs, _ = count(model, torch.empty(1, 3, 32, 32))
+    assert (macs, sum(p.numel() for p in model.parameters())) == (ref["macs"], ref["params_total"])
+
+
+@pytest.mark.parametrize("name", ["resnet34", "resnet50", "resnet101"])
+def test_taylor_gates_number_as_the_authors(name):
+    """Taylor pruning gates bn1 and bn2 inside each block, and each stage's residual stream once (arXiv:1906.10771)."""
+    with torch.device("meta"):
+        model = models.create(name, num_classes=1000)
+    stages = (model.layer1, model.layer2, model.layer3, model.layer4)
+    in_block = sum(block.bn1.num_features + block.bn2.num_features for stage in stages for block in stage)
+    last = "bn3" if name != "resnet34" else "bn2"
+    skip = sum(getattr(stage[-1], last).num_features for stage in stages)
+    ref = COSTS["taylor_gates"][name]
+    assert {"in_block": in_block, "skip": skip, "total": in_block + skip} == ref
+
+
+SMALL = {
+    "wrn": ("wrn-40-2", {"depth": 10, "width": 0.5}),
+    "wrn-bottle": ("wrn-40-2", {"depth": 16, "width": 0.5, "bottle_mult": 0.5}),
+    "wrn-sigmoid": ("wrn-40-2", {"depth": 10, "width": 1.0, "bound": "sigmoid"}),
+    "densenet": ("densenet-bc-100", {"depth": 10, "growth": 4}),
+}
+
+
+@pytest.mark.parametrize("small", SMALL)
+def test_small_relatives_are_halved(small):
+    name, arguments = SMALL[small]
+    model, x = models.create(name, num_classes=5, **arguments), torch.randn(2, 3, 16, 16)
+    assert model(x).shape == (2, 5)
+    traced, before = graph.trace(model, x), sum(p.numel() for p in model.parameters())
+    convs = [name for name, m in model.named_modules() if isinstance(m, nn.Conv2d)]
+    assert {conv for group in traced.groups.values() for conv in group.convs} == set(convs)
+    keep = {key: torch.arange(group.size) % 2 == 0 for key, group in traced.groups.items()}
+    compact(model, keep, x)  # proves that the small network computes what the masked one does
+    assert 0.2 < sum(p.numel() for p in model.parameters()) / before < 0.36
+    assert model(x).shape == (2, 5)
+
+
+@pytest.mark.parametrize("channels, size", [(3, 32), (1, 28), (1, 16)])
+def test_lenets_gates_cut_what_compact_removes(channels, size):
+    model, x = (
+        models.create("lenet-taylor", in_channels=channels, image_size=size),
+        torch.randn(2, channels, size, size),
+    )
+    gates = {"conv1": model.gate1, "conv2": model.gate2, "fc1": model.gate3}
+    assert {name: len(gate.weight) for name, gate in gates.items()} == {"conv1": 16, "conv2": 32, "fc1": 120}
+    assert all((gate.weight == 1).all() and not gate.weight.requires_grad for gate in gates.values())
+    whole = model(x)
+    keep = {name: torch.arange(len(gate.weight)) % 2 == 0 for name, gate in gates.items()}
+    for name, gate in gates.items():
+        gate.weight.data.mul_(keep[name])
+    masked = model(x)
+    compact(model, keep, x)
+    assert [len(gate.weight) for gate in gates.values()] == [8, 16, 60] and model.fc1.out_features == 60
+    torch.testing.assert_close(model(x), masked)
+    assert not torch.allclose(whole, masked, atol=1e-3)
+    with pytest.raises(ValueError, match="image_size must be at least 16, got 15"):
+        models.create("lenet-taylor", image_size=15)
+
+
+@pytest.mark.parametrize("name", ["wrn-40-2", "densenet-bc-100"])
+def test_fractional_sizes_and_nonsense(name):
+    assert models.create(name, depth=10, bottle_mult=0.001)(torch.randn(2, 3, 8, 8)).shape == (2, 10)
+    with pytest.raises(ValueError, match=r"depth must be 6 n \+ 4 .*got 39"):
+        models.create(name, depth=39)
+    with pytest.raises(ValueError, match=r"bottle_mult .*above 0|bottle_mult > 0"):
+        models.create(name, bottle_mult=0)
+
+
+@pytest.mark.parametrize("name", ["wrn-40-2", "densenet-bc-100"])
+def test_initialisation_is_by_fan_out(name):
+    model = models.create(name)
+    for m in model.modules():
+        if isinstance(m, nn.Conv2d) and m.weight.numel() > 1000:
+            std = math.sqrt(2 / (m.kernel_size[0] ** 2 * m.out_channels))
+            assert abs(m.weight.std() / std - 1) < 6 / math.sqrt(2 * m.weight.numel())
+        elif isinstance(m, nn.BatchNorm2d):
+            assert (m.weight == 1).all() and not m.bias.any()
+    assert not model.fc.bias.any() and model.fc.weight.abs().max() <= 1 / math.sqrt(model.fc.in_features)
+
+
+@pytest.mark.parametrize("projects", [False, True])
+def test_the_shortcut_reads_what_the_authors_does(projects):
+    """relu(bn1(x)) goes through the 1x1 convolution, but x itself through the identity."""
+    block = models.wide_resnet.PreActBlock(4, 4, 8 if projects else 4, 2 if projects else 1, None).eval()
+    nn.init.zeros_(block.conv2.weight)  # leaves the shortcut alone
+    nn.init.constant_(block.bn1.bias, 0.5)
+    x = torch.randn(2, 4, 6, 6)
+    expected = block.shortcut((block.bn1(x)).relu()) if projects else x
+    assert (block.shortcut is None) == (not projects)
+    assert torch.equal(block(x), expected)
 
 
 @pytest.mark.parametrize("name", ["vgg16-rni", "resnet56-rni"])
@@ -106,7 +224,7 @@ def test_every_network_trains_one_step(name):
     model = models.create(name, num_classes=4)
     loss = nn.functional.cross_entropy(model(torch.randn(2, channels, 32, 32)), torch.tensor([0, 3]))
     loss.backward()
-    assert loss.isfinite() and all(p.grad is not None for p in model.parameters())
+    assert loss.isfinite() and all(p.grad is not None for p in model.parameters() if p.requires_grad)
 
 
 def test_torchvisions_classifiers_come_by_their_own_names():

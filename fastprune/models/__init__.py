@@ -1,6 +1,16 @@
 """Networks by name: the pruning papers' CIFAR networks, torchvision's classifiers, timm's if it is installed."""
 
-from fastprune.models import resnet_cifar, vgg
+from fastprune.models import densenet_cifar, lenet, resnet_cifar, vgg, wide_resnet
 from fastprune.models.registry import MODELS, create, list_models, register
 
-__all__ = ["MODELS", "create", "list_models", "register", "resnet_cifar", "vgg"]
+__all__ = [
+    "MODELS",
+    "create",
+    "densenet_cifar",
+    "lenet",
+    "list_models",
+    "register",
+    "resnet_cifar",
+    "vgg",
+    "wide_resnet",
+]

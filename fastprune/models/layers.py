@@ -38,3 +38,15 @@ def init_rni(model: nn.Module) -> None:
             nn.init.zeros_(m.bias)
     for m in bounded:
         nn.init.normal_(m.weight)
+
+
+def init_fan_out(model: nn.Module) -> None:
+    """Wide ResNet's and DenseNet's initialisation as Crowley et al., arXiv:1810.04622, train them.
+
+    Convolution N(0, sqrt(2 / (k k Cout))); linear as PyTorch, its bias 0; norms as they come (scale 1, shift 0).
+    """
+    for m in model.modules():
+        if isinstance(m, nn.Conv2d):
+            nn.init.normal_(m.weight, 0.0, math.sqrt(2.0 / (m.kernel_size[0] * m.kernel_size[1] * m.out_channels)))
+        elif isinstance(m, nn.Linear):
+            nn.init.zeros_(m.bias)
