@@ -20,7 +20,7 @@ LAYERS = (
     ("ops",),
     ("nn",),
     ("surgery", "labels", "graph", "flops", "models"),
-    ("select", "compact"),
+    ("select", "compact", "gates", "correlation", "hessian", "cutting", "oracle"),
     ("methods",),
     ("data", "train"),
     ("__init__",),  # the public names
