@@ -14,10 +14,11 @@ from fastprune.graph import ChannelGraph, Group, trace
 from fastprune.select import keep_masks
 
 METHODS: dict[str, type[Method]] = {}
+IDS: dict[int, str] = {}  # the numbers that Taylor's authors give their criteria
 Ratio = float | Mapping[str, float]
 
 
-def register(name: str) -> Callable[[type[Method]], type[Method]]:
+def register(name: str, number: int | None = None) -> Callable[[type[Method]], type[Method]]:
     """Class decorator: make the method known to :func:`create`, recipes and the command line under ``name``."""
 
     def wrap(cls: type[Method]) -> type[Method]:
@@ -25,18 +26,20 @@ def register(name: str) -> Callable[[type[Method]], type[Method]]:
             raise ValueError(f"methods.register: {name!r} is already taken by {METHODS[name].__module__}")
         METHODS[name] = cls
         cls.name = name
+        if number is not None:
+            IDS[number] = name
         return cls
 
     return wrap
 
 
 def create(
-    name: str, model: nn.Module, example_inputs: Any, ratio: Ratio = 0.5, scope: str | None = None, **options: Any
+    name: str | int, model: nn.Module, example_inputs: Any, ratio: Ratio = 0.5, scope: str | None = None, **options: Any
 ) -> Method:
     """Make a pruning method for ``model``.
 
     Args:
-        name: One of :data:`METHODS`.
+        name: One of :data:`METHODS`; of Taylor's criteria also their number, such as 22.
         model: Traced once with ``example_inputs``; otherwise unchanged.
         example_inputs: A tensor or a tuple of arguments for ``model``, on its device.
         ratio: Share of the channels to remove, 0 <= ratio < 1; or shares by group, see ``fastprune.select.keep_masks``.
@@ -46,14 +49,17 @@ def create(
     Raises:
         ValueError: Unknown method or option, a value out of range, or a model the method does not fit.
     """
+    name = IDS.get(name, name)
     if name not in METHODS:
-        raise ValueError(f"create: unknown method {name!r}{did_you_mean(name, METHODS)}")
+        hint = did_you_mean(name, METHODS) if isinstance(name, str) else f"; known numbers: {sorted(IDS)}"
+        raise ValueError(f"create: unknown method {name!r}{hint}")
     cls = METHODS[name]
     known = [f.name for f in fields(cls.Options)]
     for option in options:
         if option not in known:
             raise ValueError(f"create: method {name!r} has no option {option!r}{did_you_mean(option, known)}")
-    return cls(model, trace(model, example_inputs), ratio, scope or cls.scope, cls.Options(**options))
+    graph = trace(model, example_inputs)
+    return cls(model, graph, ratio, scope or cls.scope, cls.Options(**options), example_inputs)
 
 
 @dataclass(frozen=True)
@@ -75,8 +81,10 @@ class Method:
     Options: ClassVar[type] = Options
     scope: str = "global"
 
-    def __init__(self, model: nn.Module, graph: ChannelGraph, ratio: Ratio, scope: str, options: Any) -> None:
-        self.model, self.graph = model, graph
+    def __init__(
+        self, model: nn.Module, graph: ChannelGraph, ratio: Ratio, scope: str, options: Any, example_inputs: Any
+    ) -> None:
+        self.model, self.graph, self.example_inputs = model, graph, example_inputs
         self.ratio, self.scope, self.options = ratio, scope, options
         self.steps = 0  # optimizer steps made
         self.groups: dict[str, Group] = {
@@ -112,8 +120,8 @@ class Method:
     def after_step(self) -> None:
         """Weights are updated."""
 
-    def step(self, optimizer: torch.optim.Optimizer) -> None:
-        """In place of ``optimizer.step()``."""
+    def step(self, optimizer: torch.optim.Optimizer, loss: Tensor | None = None) -> None:
+        """In place of ``optimizer.step()``; ``loss``, a scalar, for methods that decide by it."""
         self.after_backward()
         optimizer.step()
         self.after_step()

@@ -139,7 +139,7 @@ def _train_epoch(
         optimizer.zero_grad()
         (loss + penalty).backward()
         if method is not None:
-            method.step(optimizer)
+            method.step(optimizer, loss.detach())
         else:
             optimizer.step()
         with torch.no_grad():
@@ -198,7 +198,8 @@ class _State:
     """All that a resumed run needs, in one file, so that its parts always belong together."""
 
     def __init__(self, model, optimizer, schedule, train, method, path: Path | None) -> None:
-        parts = {"model": model, "optimizer": optimizer, "schedule": schedule, "train": train, "method": method}
+        # the method first: it makes the model as small as it was, before the weights come
+        parts = {"method": method, "model": model, "optimizer": optimizer, "schedule": schedule, "train": train}
         self.parts = {name: part for name, part in parts.items() if hasattr(part, "state_dict")}
         self.path = path
         self.not_before = 0.0  # time.monotonic() of the next save
