@@ -11,12 +11,14 @@ from torch import nn
 
 from fastprune import data, methods, models
 from fastprune import nn as fpnn
+from fastprune.compact import compact
 from fastprune.errors import DataError, TrainingError
 from fastprune.train import (
     History,
     MetricsLog,
     evaluate,
     fit,
+    from_scratch,
     loop,
     multistep,
     param_groups,
@@ -343,3 +345,59 @@ def test_wrong_names_and_values_are_named(tmp_path):
         prune_finetune(models.create("vgg-small"), dataset="digits", limit=20, out_dir=tmp_path)
     with pytest.raises(DataError, match="root is missing"):
         train()
+
+
+def test_from_scratch_keeps_the_shape_only():
+    model, x = models.create("wrn-40-2", depth=10, width=1), torch.randn(2, 3, 16, 16)
+    small = compact(model, methods.create("maskblock-l1", model, x, 0.5).keep_masks(), x)
+    with torch.no_grad():
+        small.layer1[0].bn1.running_mean.fill_(3.0)
+    a, b, c = (from_scratch(small, seed=seed) for seed in (1, 1, 2))
+    assert [p.shape for p in a.parameters()] == [p.shape for p in small.parameters()]
+    for (name, p), q, r, was in zip(
+        a.named_parameters(), b.parameters(), c.parameters(), small.parameters(), strict=True
+    ):
+        assert torch.equal(p, q)
+        if p.dim() > 1:
+            assert not torch.equal(p, r) and not torch.equal(p, was), name
+    conv = a.layer3[0].conv2.weight  # N(0, sqrt(2 / (k k Cout))) of the pruned shape
+    assert conv.std().item() == pytest.approx((2 / (9 * len(conv))) ** 0.5, rel=0.1)
+    assert not a.layer1[0].bn1.running_mean.any() and not a.fc.bias.any()
+
+
+def test_from_scratch_names_what_it_cannot_initialise():
+    class Scaled(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.scale = nn.Parameter(torch.ones(3))
+
+    with pytest.raises(ValueError, match=r"0 \(Scaled\) has parameters but no reset_parameters"):
+        from_scratch(nn.Sequential(Scaled()))
+    filled = from_scratch(nn.Sequential(Scaled()), init=lambda m: nn.init.zeros_(m[0].scale))
+    assert not filled[0].scale.any()
+
+
+@pytest.mark.parametrize("shrink_every", [0, 1])
+def test_fit_resumes_a_run_that_shrinks(tmp_path, shrink_every):
+    def start():
+        torch.manual_seed(0)
+        model = fpnn.convert_batchnorm(models.create("vgg-small"))
+        x, _ = next(iter(DIGITS.loaders(4).test))
+        options = {"per_cut": 30, "frequency": 3, "max_removed": 90, "shrink_every": shrink_every}
+        return model, methods.create("taylor-gate", model, x[:2], **options), sgd(model, 0.01)
+
+    runs = []
+    for stops in ((2,), (1, 2)):
+        folder = tmp_path / str(len(stops))
+        for epochs in stops:  # each in a process of its own, as it were
+            model, method, optimizer = start()
+            fit(
+                model, DIGITS.loaders(64, 0), epochs=epochs, optimizer=optimizer, method=method,
+                checkpoint=folder / "last.pt", resume=True, progress=False,
+            )  # fmt: skip
+        runs.append((model, method))
+    (a, whole), (b, resumed) = runs
+    assert whole.cuts.removed >= 60
+    assert all(torch.equal(x, y) for x, y in zip(whole.survivors().values(), resumed.survivors().values(), strict=True))
+    for p, q in zip(a.parameters(), b.parameters(), strict=True):
+        assert torch.equal(p, q)

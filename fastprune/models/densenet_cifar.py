@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from fastprune.models.layers import init_fan_out, norm
+from fastprune.models.layers import init_fan_out, initialise, norm
 from fastprune.models.registry import register
 
 
@@ -78,7 +78,7 @@ class DenseNetCIFAR(nn.Module):
         self.relu = nn.ReLU(inplace=True)
         self.pool = nn.AdaptiveAvgPool2d(1)
         self.fc = nn.Linear(width, num_classes)
-        init_fan_out(self)
+        initialise(self, init_fan_out)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.trans1(self.dense1(self.conv1(x)))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 from torch import nn
 
@@ -14,6 +15,19 @@ def norm(channels: int, bound: str | None) -> nn.BatchNorm2d:
     if bound not in (None, "sigmoid"):
         raise ValueError(f"models: bound must be 'sigmoid' or None, got {bound!r}")
     return fpnn.SigmoidBatchNorm2d(channels) if bound else nn.BatchNorm2d(channels)
+
+
+def initialise(model: nn.Module, init: Callable[[nn.Module], None]) -> None:
+    """Initialise ``model``, which remembers how, for :func:`fastprune.train.from_scratch`."""
+    model.init_weights = init
+    init(model)
+
+
+def init_he(model: nn.Module) -> None:
+    """Kaiming-normal (fan in) convolutions and linear layers; all else as PyTorch."""
+    for m in model.modules():
+        if isinstance(m, nn.Conv2d | nn.Linear):
+            nn.init.kaiming_normal_(m.weight)
 
 
 def init_rni(model: nn.Module) -> None:

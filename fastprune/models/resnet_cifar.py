@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fastprune.models.layers import init_rni, norm
+from fastprune.models.layers import init_he, init_rni, initialise, norm
 from fastprune.models.registry import register
 
 
@@ -60,15 +60,13 @@ class ResNetCIFAR(nn.Module):
 
 def _rni(blocks: int, num_classes: int, in_channels: int, bound: str | None) -> ResNetCIFAR:
     model = ResNetCIFAR(blocks, num_classes, in_channels, bound, stem_relu=False)
-    init_rni(model)
+    initialise(model, init_rni)
     return model
 
 
 def _he(blocks: int, num_classes: int, in_channels: int, bound: str | None) -> ResNetCIFAR:
     model = ResNetCIFAR(blocks, num_classes, in_channels, bound, stem_relu=True)
-    for m in model.modules():
-        if isinstance(m, nn.Conv2d | nn.Linear):
-            nn.init.kaiming_normal_(m.weight)
+    initialise(model, init_he)
     return model
 
 

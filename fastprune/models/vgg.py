@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from fastprune.models.layers import init_rni, norm
+from fastprune.models.layers import init_rni, initialise, norm
 from fastprune.models.registry import register
 
 _VGG16 = (64, 64, "M", 128, 128, "M", 256, 256, 256, "M", 512, 512, 512, "M", 512, 512, 512)
@@ -32,7 +32,7 @@ class VGG(nn.Module):
         self.features = nn.Sequential(*layers)
         self.pool = pool
         self.classifier = nn.Linear(width, num_classes)
-        init_rni(self)
+        initialise(self, init_rni)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.classifier(self.pool(self.features(x)).flatten(1))

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from fastprune.models.layers import init_fan_out, norm
+from fastprune.models.layers import init_fan_out, initialise, norm
 from fastprune.models.registry import register
 
 
@@ -60,7 +60,7 @@ class WideResNet(nn.Module):
         self.relu = nn.ReLU(inplace=True)
         self.pool = nn.AdaptiveAvgPool2d(1)
         self.fc = nn.Linear(cin, num_classes)
-        init_fan_out(self)
+        initialise(self, init_fan_out)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.layer3(self.layer2(self.layer1(self.conv1(x))))
