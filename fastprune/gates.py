@@ -260,7 +260,7 @@ class GateStatistics:
             return {}
         slots.pixels = math.prod(x.shape[2:])
         rows = self._rows.get(len(x))
-        dtype = torch.promote_types(x.dtype, torch.float32)
+        dtype = torch.float64 if x.dtype == torch.float64 else torch.float32  # promote_types is an operator
         if rows is None or rows.buffers[0].dtype != dtype or rows.buffers[0].device != x.device:
             rows = self._grow(len(x), dtype, x.device)
         if self._pending is not rows:

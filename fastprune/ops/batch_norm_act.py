@@ -120,7 +120,7 @@ def _check(x, weight, bias, residual, running_mean, running_var, tracked, act, b
 
 
 def _check_gates(x, gates):
-    (N, C), acc = x.shape[:2], torch.promote_types(x.dtype, torch.float32)
+    (N, C), acc = x.shape[:2], x.dtype if x.dtype == torch.float64 else torch.float32  # promote_types is an operator
     for name, t in zip(("gate_grad", "gate_abs", "out_grad", "out_abs"), gates, strict=True):
         if t is None:
             continue

@@ -66,7 +66,7 @@ def _check(x: Tensor, gate: Tensor | None, gate_grad: Tensor | None, gate_abs: T
                 f"channel_gate: gate is {gate.dtype} on {gate.device}, x is {x.dtype} on {x.device}; "
                 f"expected {x.dtype} or torch.float32 on the same device"
             )
-    acc = torch.promote_types(x.dtype, torch.float32)
+    acc = torch.float64 if x.dtype == torch.float64 else torch.float32  # promote_types is an operator
     for name, t in (("gate_grad", gate_grad), ("gate_abs", gate_abs)):
         if t is None:
             continue
