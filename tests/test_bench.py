@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from bench import harness, table
-from bench.e2e import step
+from bench.e2e import statistics, step
 from bench.ops import batch_norm_act as op_bench
 from bench.ops import channel_gate as gate_bench
 from bench.ops import filter_norm as filter_bench
@@ -112,7 +112,7 @@ def test_a_bench_of_a_red_op_writes_nothing(fake_op, monkeypatch):
 
 def test_a_backend_that_is_missing_is_not_timed(monkeypatch):
     monkeypatch.setattr(backends, "why_not", lambda *args: "it was not built")
-    for main in (op_bench.main, step.main):
+    for main in (op_bench.main, step.main, statistics.main):
         monkeypatch.setattr(sys, "argv", ["bench", "--no-gate"])
         with pytest.raises(SystemExit, match="backend cpp cannot run here: it was not built"):
             main()
@@ -382,6 +382,83 @@ def test_resident_memory_is_that_of_the_child_alone():
     ours = torch.ones(200 << 20, dtype=torch.uint8)  # more than the child needs: ru_maxrss would inherit it
     grown = step.resident_elsewhere(args, "resnet56", "eager", tuned=False)
     assert 1 < grown < ours.nbytes / step.MB, grown
+
+
+def small(name="resnet20", dtype=torch.float32):
+    torch.manual_seed(0)
+    return models.create(name).to(dtype), torch.randn(6, 3, 16, 16, dtype=dtype), torch.randint(10, (6,))
+
+
+@pytest.mark.parametrize("dtype, bound", [(torch.float64, 1e-12), (torch.float32, statistics.TOLERANCE)])
+def test_statistics_and_hooks_agree(dtype, bound):
+    assert max(statistics.disagreement(*small(dtype=dtype)).values()) < bound
+
+
+def test_statistics_that_differ_are_not_timed(monkeypatch):
+    def half(self):
+        return whole(self) / 2
+
+    whole = statistics.HookStatistics.take
+    monkeypatch.setattr(statistics.HookStatistics, "take", half)
+    monkeypatch.setattr(statistics, "setup", lambda *args: small())
+    monkeypatch.setattr(harness, "interleave", lambda *args, **kw: pytest.fail("it was timed"))
+    args = harness.arguments("", []).parse_args([])
+    args.batch = 6
+    with pytest.raises(SystemExit, match=r"differ by .*nothing was timed"):
+        statistics.bench(args, "resnet56", "default")
+
+
+@pytest.mark.parametrize("impl", [impl for impl, base in statistics.BASES.items() if base])
+def test_statistics_leave_the_training_as_it_is(impl):
+    mine, plain = (statistics.make_step(i, *small())[0] for i in (impl, statistics.BASES[impl]))
+    assert [mine() for _ in range(4)] == [plain() for _ in range(4)]
+
+
+def test_statistics_add_few_operators_whatever_the_depth():
+    added = {}
+    for net in ("resnet20", "resnet56"):
+        calls = {}
+        for impl in ("fused", "statistics", "statistics-code", "method"):
+            run, _ = statistics.make_step(impl, *small(net))
+            run(), run()  # the second has buffers and momentum, as any later one
+            calls[impl] = statistics.count_calls(run)
+        plain = calls.pop("fused")
+        added[net] = {
+            impl: (c["aten"] - plain["aten"], c["fastprune"] - plain["fastprune"]) for impl, c in calls.items()
+        }
+    assert added["resnet20"] == added["resnet56"]
+    assert all(aten <= 10 and ours <= 2 for aten, ours in added["resnet20"].values()), added
+
+
+def test_the_statistics_bench_runs_and_writes_its_page(tmp_path, monkeypatch):
+    monkeypatch.setattr(statistics, "setup", lambda *args: small())
+    argv = f"bench --no-gate --batch 6 --allocator default --rounds 7 --out {tmp_path} --page {tmp_path / 'page.md'}"
+    monkeypatch.setattr(sys, "argv", argv.split())
+    monkeypatch.setattr(backends, "why_not", lambda *args: None)
+    threads = torch.get_num_threads()
+    try:
+        statistics.main()
+    finally:
+        torch.set_num_threads(threads)
+    rows = {row["impl"]: row for row in table.latest([tmp_path / "statistics.jsonl"])}
+    assert set(rows) == set(statistics.BASES)
+    assert {impl for impl, row in rows.items() if "cost" in row} == {"statistics", "statistics-code", "method", "hooks"}
+    assert rows["hooks"]["cost"]["over"] == "eager" and max(rows["statistics"]["disagreement"].values()) < 1e-2
+    text = (tmp_path / "page.md").read_text()
+    assert "| goal | | | statistics | fused | at most 1.03x | at most 1.01x | at most 10 |" in text
+    assert "NOT VERIFIED" in text
+
+
+def test_the_statistics_page_shows_what_was_missed():
+    cost = {"over": "fused", "time": {"ratio": 1.2, "median": 1.2, "p20": 1.1, "p80": 1.3}, "peak": 1.005}
+    row = result("statistics", 1.0, cost=cost, metrics={"aten_calls_added": 11})
+    row["case"] |= {"net": "resnet56", "allocator": "tuned"}
+    text = statistics.page([row])
+    assert "| resnet56 | AMD EPYC | tuned | statistics | fused | 1.200x (1.100-1.300) | 1.0050x | 11 |" in text
+    missed = [line for line in text.splitlines() if line.startswith("- resnet56")]
+    assert [line.split(": ")[1] for line in missed] == ["time 1.2, goal 1.03", "aten_calls_added 11, goal 10"]
+    cost["time"]["ratio"], row["metrics"]["aten_calls_added"] = 1.03, 10
+    assert "No goal was missed." in statistics.page([row])
 
 
 def test_committed_results_are_verified_and_name_no_place():

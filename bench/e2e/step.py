@@ -52,15 +52,32 @@ def make_step(impl: str, model: nn.Module, x: torch.Tensor, target: torch.Tensor
     model = copy.deepcopy(model)
     if impl != "eager":
         convert_batchnorm(model, bound="sigmoid" if impl == "sigmoid" else None, fuse=True)
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9, weight_decay=5e-4, foreach=True)
     scales = [m.weight for m in model.modules() if getattr(m, "bound", None) == "sigmoid"]
+    return sgd_step(model, x, target, (lambda: 1e-4 * scale_penalty(scales, "rni", 3.0)) if scales else None)
+
+
+def sgd_step(
+    model: nn.Module,
+    x: torch.Tensor,
+    target: torch.Tensor,
+    penalty: Callable[[], torch.Tensor] | None = None,
+    update: Callable[[torch.optim.Optimizer, torch.Tensor], None] | None = None,
+) -> Callable[[], float]:
+    """A training step on ``model`` itself; it returns the loss, ``penalty()`` included.
+
+    ``update(optimizer, loss)`` stands for the optimizer's step.
+    """
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9, weight_decay=5e-4, foreach=True)
 
     def step() -> float:
         loss = F.cross_entropy(model(x), target)
-        if scales:
-            loss = loss + 1e-4 * scale_penalty(scales, "rni", 3.0)
+        if penalty:
+            loss = loss + penalty()
         loss.backward()
-        optimizer.step()
+        if update:
+            update(optimizer, loss)
+        else:
+            optimizer.step()
         optimizer.zero_grad()
         return loss.item()
 
@@ -68,14 +85,16 @@ def make_step(impl: str, model: nn.Module, x: torch.Tensor, target: torch.Tensor
 
 
 class CountCalls(TorchDispatchMode):
-    """Operators dispatched below autograd, by namespace."""
+    """Operators dispatched below autograd, by namespace and by name."""
 
     def __init__(self) -> None:
         super().__init__()
         self.calls: Counter[str] = Counter()
+        self.names: Counter[str] = Counter()
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         self.calls[func.namespace] += 1
+        self.names[str(func)] += 1
         return func(*args, **kwargs or {})
 
 
@@ -88,15 +107,20 @@ def count_calls(step: Callable[[], object]) -> Counter[str]:
 
 def peak_bytes(step: Callable[[], object]) -> int:
     """Most bytes held at one time in blocks that PyTorch's CPU allocator handed out during ``step``."""
-    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # else a GPU build of torch prints an error where there is no GPU
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as prof:
-        step()
-    events = [e for e in prof.profiler.kineto_results.events() if e.name() == "[memory]"]
+    events = [e for e in profiled(step) if e.name() == "[memory]"]
     held = peak = 0
     for event in sorted(events, key=lambda e: e.start_ns()):
         held += event.nbytes()
         peak = max(peak, held)
     return peak
+
+
+def profiled(step: Callable[[], object]) -> list:
+    """Events of ``step`` on the CPU, memory included."""
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # else a GPU build of torch prints an error where there is no GPU
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as prof:
+        step()
+    return prof.profiler.kineto_results.events()
 
 
 def setup(net: str, batch: int, device: str) -> tuple[nn.Module, torch.Tensor, torch.Tensor]:
