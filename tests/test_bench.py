@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from bench import harness, table
-from bench.e2e import statistics, step
+from bench.e2e import iterative, statistics, step
 from bench.ops import batch_norm_act as op_bench
 from bench.ops import channel_gate as gate_bench
 from bench.ops import filter_norm as filter_bench
@@ -459,6 +459,43 @@ def test_the_statistics_page_shows_what_was_missed():
     assert [line.split(": ")[1] for line in missed] == ["time 1.2, goal 1.03", "aten_calls_added 11, goal 10"]
     cost["time"]["ratio"], row["metrics"]["aten_calls_added"] = 1.03, 10
     assert "No goal was missed." in statistics.page([row])
+
+
+def test_the_iterative_bench_runs_and_writes_its_page(tmp_path, monkeypatch):
+    argv = "bench --arch wrn-40-2 --depth 10 --width 0.5 --limit 200 --epochs 1 --steps 30 --frequency 3 --per-cut 4"
+    argv += " --ratio 0.5 --shrink-every 2 --batch-size 20 --points 3 --scratch 1 --out"
+    monkeypatch.setattr(sys, "argv", [*argv.split(), str(tmp_path / "iterative")])
+    threads = torch.get_num_threads()
+    try:
+        iterative.main()
+    finally:
+        torch.set_num_threads(threads)
+    rows = iterative.newest(tmp_path / "iterative" / "rows.jsonl")
+    assert [row["case"]["method"] for row in rows] == ["fisher", "taylor-gate"]
+    for row in rows:
+        for setting in ("on", "off"):
+            found = row[setting]
+            assert found["repeats_agree"] and len(found["seconds_each"]) == 2
+            assert found["removed"] >= 28 and found["cuts"] >= 7
+            assert found["test_acc"] == found["test_acc_compact"]
+            assert found["params"] < row["before"]["params"] and found["macs"] < row["before"]["macs"]
+            assert [mark["step"] for mark in found["over_time"]] == [10, 20, 30]
+        # Up to the first removal, at the second cut, both do the same arithmetic.
+        assert (row["masks"]["first_cut_that_differs"] or 3) > 2
+        assert 0 <= row["scratch"]["test_acc"] <= 1
+    page = (tmp_path / "iterative.md").read_text()
+    assert page.count("| fisher | on |") == page.count("| taylor-gate | off |") == 1
+    assert "digits, wrn-40-2, depth 10, width 0.5" in page and "from scratch, 1 epochs" in page
+
+
+def test_masks_are_compared_cut_by_cut():
+    def masks(*lost):
+        return {"a": torch.tensor([i not in lost for i in range(4)]), "b": torch.ones(2, dtype=torch.bool)}
+
+    on = masks(0, 1, 2), {"history": [masks(0), masks(0, 1), masks(0, 1, 2)]}
+    off = masks(0, 3, 2), {"history": [masks(0), masks(0, 3), masks(0, 3, 2)]}
+    assert iterative.compare(on, on) == {"identical": True, "differ": 0, "of": 6, "first_cut_that_differs": None}
+    assert iterative.compare(on, off) == {"identical": False, "differ": 2, "of": 6, "first_cut_that_differs": 2}
 
 
 def test_committed_results_are_verified_and_name_no_place():
