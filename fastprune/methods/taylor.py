@@ -421,20 +421,26 @@ class _OnData(_Taylor):
         return torch.cat([values[name].double() for name in self.gates])
 
 
-class _Curvature(_OnData):
+class Curvature(_OnData):
+    """Made of the loss's first and second derivative by each gate."""
+
     def measure(self) -> Tensor:
+        return self.combine(*self.derivatives())
+
+    def derivatives(self) -> tuple[Tensor, Tensor]:
+        """First and second, (K,) float64 each, the gates' channels in order."""
         gradients, hessians = gate_hessian(
             self.model, list(self.gates), self.options.data, self.options.loss, self.example_inputs,
             stem=self.options.stem, branches=self.options.variant == "code",
         )  # fmt: skip
-        return self.combine(self._join(gradients), self._join(hessians))
+        return self._join(gradients), self._join(hessians)
 
     def combine(self, gradient: Tensor, hessian: Tensor) -> Tensor:
         raise NotImplementedError
 
 
 @register("obd", 10)
-class OBD(_Curvature):
+class OBD(Curvature):
     """Optimal brain damage (LeCun et al., 1989): half the Hessian's diagonal, exactly."""
 
     def combine(self, gradient: Tensor, hessian: Tensor) -> Tensor:
@@ -442,7 +448,7 @@ class OBD(_Curvature):
 
 
 @register("taylor-gate-so", 11)
-class TaylorGateSecondOrder(_Curvature):
+class TaylorGateSecondOrder(Curvature):
     """Square of the second-order expansion of the loss without the channel."""
 
     def combine(self, gradient: Tensor, hessian: Tensor) -> Tensor:
