@@ -40,6 +40,13 @@ def _quickstart(args: argparse.Namespace) -> int:
     return quickstart.run(args.out, seed=args.seed, epochs=args.epochs)
 
 
+def _oracle(args: argparse.Namespace) -> int:
+    from fastprune import study
+
+    options = {key: value for key, value in vars(args).items() if key not in ("run", "command", "traceback", "methods")}
+    return study.run(**options, criteria=args.methods or study.CRITERIA)
+
+
 def _doctor(args: argparse.Namespace) -> int:
     from fastprune import doctor
 
@@ -70,6 +77,33 @@ def _count(text: str) -> int:
     return int(text)
 
 
+def _dataset(text: str) -> str:
+    from fastprune.data import DATASETS
+
+    if text not in DATASETS:
+        raise argparse.ArgumentTypeError(f"unknown data set {text!r}{did_you_mean(text, DATASETS)}")
+    return text
+
+
+def _criterion(text: str) -> str:
+    from fastprune import study
+
+    try:
+        return study.criterion_name(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+
+
+def _device(text: str) -> str:
+    import torch
+
+    try:
+        torch.empty(0, device=text)
+    except (RuntimeError, AssertionError) as error:
+        raise argparse.ArgumentTypeError(f"no device {text!r} here: {str(error).partition(chr(10))[0]}") from error
+    return text
+
+
 COMMANDS = {
     "quickstart": Command(
         "train, prune and fine-tune a small network on handwritten digits: CPU, about 3 minutes",
@@ -83,6 +117,54 @@ COMMANDS = {
             },
             "--seed": {"type": int, "default": 0, "metavar": "N", "help": "of every random choice (%(default)s)"},
             "--epochs": {"type": _count, "default": None, "metavar": "N", "help": "of each training and fine-tuning"},
+        },
+    ),
+    "oracle": Command(
+        "how well each criterion ranks channels as removing them one by one does",
+        _oracle,
+        {
+            "--out": {
+                "type": Path,
+                "default": Path("runs/oracle"),
+                "metavar": "DIR",
+                "help": "where results go (%(default)s)",
+            },
+            "--dataset": {
+                "type": _dataset,
+                "default": "digits",
+                "metavar": "NAME",
+                "help": "see fastprune list datasets (%(default)s)",
+            },
+            "--root": {"type": Path, "metavar": "DIR", "help": "folder of the data set"},
+            "--arch": {"default": "resnet20", "metavar": "NAME", "help": "see fastprune list models (%(default)s)"},
+            "--epochs": {"type": _count, "default": 10, "metavar": "N", "help": "of training (%(default)s)"},
+            "--batch-size": {"type": _count, "default": 64, "metavar": "N", "help": "images (%(default)s)"},
+            "--lr": {"type": float, "default": 0.1, "metavar": "X", "help": "learning rate (%(default)s)"},
+            "--limit": {"type": _count, "metavar": "N", "help": "at most so many training and test images"},
+            "--images": {
+                "type": _count,
+                "default": 512,
+                "metavar": "N",
+                "help": "training images for the oracle and the criteria (%(default)s)",
+            },
+            "--methods": {
+                "type": _criterion,
+                "nargs": "+",
+                "metavar": "M",
+                "help": "criteria by name or number, such as taylor-gate or 22 (all)",
+            },
+            "--variant": {
+                "choices": ("paper", "code"),
+                "default": "paper",
+                "help": "criteria as in Taylor's paper or as in its authors' code (%(default)s)",
+            },
+            "--seed": {"type": int, "default": 0, "metavar": "N", "help": "of every random choice (%(default)s)"},
+            "--device": {
+                "type": _device,
+                "metavar": "NAME",
+                "help": "such as cpu or cuda:0 (the first GPU if there is one)",
+            },
+            "--resume": {"action": "store_true", "help": "continue, or reuse, the training that --out holds"},
         },
     ),
     "doctor": Command("what works on this machine, what does not and why", _doctor, {}),

@@ -6,6 +6,7 @@ import json
 import platform
 import statistics
 import time
+from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -74,7 +75,7 @@ def run(out: Path, *, seed: int = 0, epochs: int | None = None) -> int:
         row["dense"]["latency_ms"] = latency_ms[row["method"], 0.0]
         row["pruned"]["latency_ms"] = latency_ms[row["method"], row["ratio"]]
     seconds = time.perf_counter() - start
-    setup = {"arch": ARCH, **shared, "penalty": PENALTY, "seconds": round(seconds), "environment": _environment()}
+    setup = {"arch": ARCH, **shared, "penalty": PENALTY, "seconds": round(seconds), "environment": environment()}
     (out / "results.json").write_text(json.dumps({"setup": setup, "rows": rows}, indent=2) + "\n")
     (out / "results.md").write_text(table(rows) + "\n")
     picture(scores, out / "importances.png")
@@ -113,7 +114,8 @@ def _latency_ms(models: dict[Any, nn.Module], x: Tensor, rounds: int = 101) -> d
     return {key: statistics.median(ms[3:]) for key, ms in times.items()}  # the first three warm up
 
 
-def _environment() -> dict[str, Any]:
+def environment() -> dict[str, Any]:
+    """Versions and machine, for the record."""
     return {
         "fastprune": fastprune.__version__,
         "torch": torch.__version__,
@@ -142,6 +144,11 @@ def table(rows: list[dict[str, Any]]) -> str:
         ]
         for row in rows
     ]
+    return aligned(header, cells)
+
+
+def aligned(header: Sequence[str], cells: Sequence[Sequence[str]]) -> str:
+    """A Markdown table, first column to the left, the others to the right."""
     widths = [max(map(len, column)) for column in zip(header, *cells, strict=True)]
     rule = ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])]
     lines = [header, rule, *cells]

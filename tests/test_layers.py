@@ -24,7 +24,7 @@ LAYERS = (
     ("methods",),
     ("data", "train"),
     ("__init__",),  # the public names
-    ("doctor", "quickstart"),
+    ("doctor", "quickstart", "study"),
     ("cli",),
     ("__main__",),
 )
