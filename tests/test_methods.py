@@ -2,6 +2,7 @@
 
 import json
 from collections import Counter
+from dataclasses import fields
 from pathlib import Path
 
 import numpy as np
@@ -25,9 +26,15 @@ def bound_of(name):
     return getattr(methods.METHODS[name], "bound", None)
 
 
+def create(name, model, **kw):
+    if any(field.name == "data" for field in fields(methods.METHODS[name].Options)):
+        kw["data"] = [(X, torch.tensor([0, 1]))]
+    return methods.create(name, model, X, **kw)
+
+
 def make(name, model=None, **kw):
     model = model or models.create("vgg-small", bound=bound_of(name))
-    return model, methods.create(name, model, X, **kw)
+    return model, create(name, model, **kw)
 
 
 def spread(model):
@@ -92,9 +99,9 @@ def test_a_resumed_method_changes_nothing(name):
     train(whole, model, 4)
     expected = whole.scores()
     model.load_state_dict(start)
-    first = methods.create(name, model, X)
+    first = create(name, model)
     train(first, model, 4)
-    second = methods.create(name, model, X)
+    second = create(name, model)
     second.load_state_dict(first.state_dict())
     assert second.steps == 4 and all(torch.equal(second.scores()[k], expected[k]) for k in expected)
 
@@ -116,7 +123,7 @@ def test_a_step_calls_few_more_operators_whatever_the_depth(name):
             norm = fpnn.SigmoidBatchNorm2d(4) if bound_of(name) else nn.BatchNorm2d(4)
             layers += [nn.Conv2d(4 if i else 1, 4, 3, padding=1), norm, nn.ReLU()]
         model = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 6))
-        method, counted = methods.create(name, model, X), {}
+        method, counted = create(name, model), {}
         for key, penalised in (("plain", False), ("method", True)):
             optimizer = torch.optim.SGD(model.parameters(), 0.01, foreach=True)
             for _ in range(2):  # the second step has gradients to accumulate into, as any later one

@@ -27,7 +27,7 @@ from torch import nn
 
 import fastprune as fp
 from bench.harness import ROOT, append, provenance
-from fastprune.train import evaluate, fit, multistep, sgd
+from fastprune.train import evaluate, fit, from_scratch, multistep, sgd
 from fastprune.train.loop import PRECISIONS
 
 OUT = ROOT / "docs" / "results" / "iterative"
@@ -39,7 +39,18 @@ def make_model(args: argparse.Namespace, data: fp.data.ImageSet) -> nn.Module:
     options = {name: value for name, value in sizes.items() if value is not None}
     torch.manual_seed(args.seed)
     model = fp.models.create(args.arch, len(data.classes), in_channels=data.image_shape[0], **options)
-    return fp.nn.convert_batchnorm(model.to(args.device), fuse=True)
+    model = fp.nn.convert_batchnorm(model.to(args.device), fuse=True)
+    if args.precision == "fp64":
+        model.double().register_forward_pre_hook(_double)
+    return model
+
+
+def _double(module: nn.Module, args: tuple[torch.Tensor]) -> tuple[torch.Tensor]:
+    return (args[0].double(),)
+
+
+def autocast_of(args: argparse.Namespace) -> str:
+    return "fp32" if args.precision == "fp64" else args.precision
 
 
 def train_epochs(args: argparse.Namespace, model: nn.Module, data: fp.data.ImageSet, epochs: int) -> None:
@@ -48,7 +59,7 @@ def train_epochs(args: argparse.Namespace, model: nn.Module, data: fp.data.Image
     loaders = data.loaders(args.batch_size, args.seed)
     fit(
         model, loaders, epochs=epochs, optimizer=optimizer, schedule=multistep(optimizer, epochs),
-        precision=args.precision,
+        precision=autocast_of(args),
     )  # fmt: skip
 
 
@@ -62,7 +73,7 @@ def prune(
         shrink_every=shrink_every,
     )  # fmt: skip
     optimizer = torch.optim.SGD(model.parameters(), args.lr, momentum=0.9, weight_decay=5e-4, foreach=True)
-    loaders, dtype = data.loaders(args.batch_size, args.seed), PRECISIONS[args.precision]
+    loaders, dtype = data.loaders(args.batch_size, args.seed), PRECISIONS[autocast_of(args)]
     batches = itertools.chain.from_iterable(itertools.repeat(loaders.train))
     history: list[dict[str, torch.Tensor]] = []  # masks after each cut
     losses, marks, every = [], [], max(1, args.steps // args.points)
@@ -88,11 +99,11 @@ def prune(
     facts = {"seconds": round(seconds, 3), "cuts": method.cuts.cuts, "removed": removed(method), "over_time": marks}
     facts["channels"] = sum(len(mask) for mask in method.survivors().values())
     facts["loss_last"] = round(torch.stack(losses[-every:]).mean().item(), 5)
-    facts["test_acc"] = evaluate(model, loaders.test, args.precision)["acc"]  # of the masked one, with shrinking off
+    facts["test_acc"] = evaluate(model, loaders.test, autocast_of(args))["acc"]  # of the masked one, with shrinking off
     keep, survivors = method.keep_masks(), method.survivors()
     fp.compact(model, {group: mask for group, mask in keep.items() if not mask.all()}, example, graph=method.graph)
     facts |= {key: value for key, value in fp.flops(model, example).items() if key in ("macs", "params")}
-    facts["test_acc_compact"] = evaluate(model, loaders.test, args.precision)["acc"]
+    facts["test_acc_compact"] = evaluate(model, loaders.test, autocast_of(args))["acc"]
     return survivors, facts | {"history": history}
 
 
@@ -124,16 +135,14 @@ def compare(on: tuple, off: tuple) -> dict[str, Any]:
 
 
 def scratch(args: argparse.Namespace, data: fp.data.ImageSet, keep: dict[str, torch.Tensor]) -> dict[str, float]:
-    """Train the pruned shape from a fresh initialisation, ``--scratch`` epochs with the base network's schedule.
-
-    The dense network is initialised and cut, so that weights have the scale of the dense fan-in.
-    """
+    """Train the pruned shape from a fresh initialisation, ``--scratch`` epochs with the base network's schedule."""
     model = make_model(args, data)
     fp.compact(model, {group: mask for group, mask in keep.items() if not mask.all()}, example_of(data))
+    model = from_scratch(model, args.seed)
     start = now(args.device)
     train_epochs(args, model, data, args.scratch)
     seconds = now(args.device) - start
-    acc = evaluate(model, data.loaders(args.batch_size).test, args.precision)["acc"]
+    acc = evaluate(model, data.loaders(args.batch_size).test, autocast_of(args))["acc"]
     return {"epochs": args.scratch, "test_acc": acc, "seconds": round(seconds, 3)}
 
 
@@ -248,7 +257,7 @@ def main() -> None:
     p.add_argument("--lr", type=float, default=8e-4, help="while cutting")
     p.add_argument("--batch-size", type=int, default=128)
     p.add_argument("--shrink-every", type=int, default=10, help="cuts between two physical removals")
-    p.add_argument("--precision", default="fp32", choices=sorted(PRECISIONS))
+    p.add_argument("--precision", default="fp32", choices=[*PRECISIONS, "fp64"])
     p.add_argument("--repeats", type=int, default=2, help="runs of each setting")
     p.add_argument("--points", type=int, default=20, help="of the speed over time")
     p.add_argument("--scratch", type=int, default=0, help="epochs of the pruned shape from scratch; 0: not at all")
@@ -276,7 +285,7 @@ def run(args: argparse.Namespace, p: argparse.ArgumentParser) -> None:
     if args.epochs:
         train_epochs(args, base, data, args.epochs)
     test = data.loaders(args.batch_size).test
-    before = {"test_acc": evaluate(base, test, args.precision)["acc"]}
+    before = {"test_acc": evaluate(base, test, autocast_of(args))["acc"]}
     before |= {key: value for key, value in fp.flops(base, example_of(data)).items() if key in ("macs", "params")}
     for name in args.methods:
         row = bench(args, data, base, name, before)

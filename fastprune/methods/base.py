@@ -87,6 +87,7 @@ class Method:
         self.model, self.graph, self.example_inputs = model, graph, example_inputs
         self.ratio, self.scope, self.options = ratio, scope, options
         self.steps = 0  # optimizer steps made
+        self._no_penalty = torch.zeros(())  # made once: a step should launch no more than it must
         self.groups: dict[str, Group] = {
             key: group
             for key, group in graph.groups.items()
@@ -112,7 +113,10 @@ class Method:
 
     def penalty(self) -> Tensor:
         """To be added to the loss: scalar, zero if the method has none."""
-        return torch.zeros((), device=next(self.model.parameters()).device)
+        device = next(self.model.parameters()).device
+        if self._no_penalty.device != device:
+            self._no_penalty = self._no_penalty.to(device)
+        return self._no_penalty
 
     def after_backward(self) -> None:
         """Gradients are ready: read them for scores, or edit them."""

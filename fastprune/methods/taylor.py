@@ -107,8 +107,8 @@ class _Taylor(IterativeMethod):
                     dims[0] = stays[~torch.isin(stays, gone)]
         return plan
 
-    def _divisors(self) -> Tensor:
-        """(K,): what each criterion is divided by."""
+    def _divisors(self) -> Tensor | None:
+        """(K,): what each criterion is divided by; None for 1 everywhere."""
         skips = [gate for gate in self.gates.values() if gate.kind == "skip"]
         by_name = dict.fromkeys(self.gates, 1)
         if self.options.variant == "code":
@@ -117,6 +117,8 @@ class _Taylor(IterativeMethod):
                 by_name |= {gate.name: len(gate.sites) for gate in skips[1:3]}
         else:
             by_name |= {gate.name: len(gate.sites) for gate in skips}
+        if set(by_name.values()) == {1}:
+            return None
         sizes = torch.tensor([gate.size for gate in self.gates.values()])
         divisors = torch.tensor([float(by_name[name]) for name in self.gates], dtype=torch.float64)
         return divisors.repeat_interleave(sizes).to(self._device)
@@ -126,7 +128,7 @@ class _Taylor(IterativeMethod):
         return next(self.model.parameters()).device
 
     def criterion(self) -> Tensor:
-        return self.measure() / self._divisor
+        return self.measure() if self._divisor is None else self.measure() / self._divisor
 
     def measure(self) -> Tensor:
         """Before the divisor, (K,) float64."""
@@ -200,23 +202,26 @@ class TaylorOutput(_Gate):
 
     def resized(self) -> None:
         super().resized()
-        self._pixels_seen: list[int] = []
         sizes = [gate.size for gate in self.gates.values()]
-        # row per layer, padded with the entry behind the last channel
-        rows = torch.full((len(sizes), max(sizes)), sum(sizes))
-        for row, values in zip(rows, torch.arange(sum(sizes)).split(sizes), strict=True):
+        count = sum(sizes)
+        # row per layer, padded with the zero behind the last channel
+        rows = torch.full((len(sizes), max(sizes)), count)
+        for row, values in zip(rows, torch.arange(count).split(sizes), strict=True):
             row[: len(values)] = values
-        self._rows = rows.to(self._device)
-        self._layer = torch.arange(len(sizes)).repeat_interleave(torch.tensor(sizes)).to(self._device)
+        layers = torch.arange(len(sizes)).repeat_interleave(torch.tensor(sizes))
+        self._rows, self._layer = rows.to(self._device), layers.to(self._device)
+        self._padded = torch.zeros(count + 1, dtype=torch.float64, device=self._device)
+        self._mean = self._padded[:-1]
+        self._shape: tuple[list[int], int] | None = None
 
     def reduce(self, sums: GateSums) -> Tensor:
-        if (pixels := self._statistics.pixels()) != self._pixels_seen:
-            self._pixels_seen = pixels
-            self._per_pixel = 1 / torch.tensor(pixels, dtype=torch.float64, device=self._device)[self._layer]
-        magnitude = sums.pixel_magnitudes if self._pixels else sums.magnitudes
-        mean = magnitude * (self._per_pixel / sums.samples)
-        norms = F.pad(mean, (0, 1))[self._rows].norm(dim=1)
-        return mean / (norms + 1e-8)[self._layer]
+        if (shape := (self._statistics.pixels(), sums.samples)) != self._shape:
+            self._shape = shape
+            pixels = torch.tensor(shape[0], dtype=torch.float64, device=self._device)
+            self._share = 1 / (shape[1] * pixels[self._layer])
+        torch.mul(sums.pixel_magnitudes if self._pixels else sums.magnitudes, self._share, out=self._mean)
+        norms = self._padded[self._rows].norm(dim=1)
+        return self._mean / (norms + 1e-8)[self._layer]
 
 
 # Criteria of weights and norms -----------------------------------------------------------------------------------
@@ -253,7 +258,7 @@ class _Parameters(_Taylor):
 
     def add_up(self, rows: Tensor) -> Tensor:
         """From one value per row of all tensors to one per channel, in a fixed order."""
-        return gate_sums(rows.double()[None], self._columns, self._offsets)[0]
+        return gate_sums(rows[None], self._columns, self._offsets)[0]
 
 
 def _rows(conv: nn.Module) -> int:
@@ -367,22 +372,12 @@ class TaylorRandom(_Taylor):
     Options = RandomOptions
     per_step = False
 
-    def prepare(self) -> None:
-        self._generator = torch.Generator().manual_seed(self.options.seed)
-        super().prepare()
-
     def measure(self) -> Tensor:
         # for the channels that the model had at the start, so that the draw does not depend on what is left of it
-        noise = torch.rand(sum(self._sizes.values()), dtype=torch.float64, generator=self._generator)
+        generator = torch.Generator().manual_seed(self.options.seed + self.steps)
+        noise = torch.rand(sum(self._sizes.values()), dtype=torch.float64, generator=generator)
         parts = zip(noise.split(list(self._sizes.values())), self._alive.values(), strict=True)
         return torch.cat([part[alive] for part, alive in parts]).to(self._device)
-
-    def state_dict(self) -> dict[str, Any]:
-        return super().state_dict() | {"generator": self._generator.get_state()}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        super().load_state_dict(state)
-        self._generator.set_state(state["generator"])
 
 
 # Criteria that need data of their own ----------------------------------------------------------------------------
