@@ -136,6 +136,7 @@ COMMANDS = {
                 "help": "see fastprune list datasets (%(default)s)",
             },
             "--root": {"type": Path, "metavar": "DIR", "help": "folder of the data set"},
+            "--name": {"metavar": "TEXT", "help": "what the report calls the data (the folder's name)"},
             "--arch": {"default": "resnet20", "metavar": "NAME", "help": "see fastprune list models (%(default)s)"},
             "--epochs": {"type": _count, "default": 10, "metavar": "N", "help": "of training (%(default)s)"},
             "--batch-size": {"type": _count, "default": 64, "metavar": "N", "help": "images (%(default)s)"},

@@ -151,6 +151,7 @@ def run(
     *,
     dataset: str = "digits",
     root: Path | None = None,
+    name: str | None = None,
     arch: str = "resnet20",
     epochs: int = 10,
     batch_size: int = 64,
@@ -168,6 +169,7 @@ def run(
     Args:
         out: Folder, made if need be.
         dataset, root, arch, epochs, batch_size, lr, limit, seed, device: As :func:`fastprune.train`, without a penalty.
+        name: What the report calls the data; None: the folder's name, or else the data set's.
         images: Training images, without augmentation, on which oracle and criteria are taken, in batches of
             ``batch_size``.
         criteria, variant: As in :func:`compare`.
@@ -198,8 +200,9 @@ def run(
     found = compare(model, batches, criteria, variant=variant, seed=seed)
     now = time.perf_counter()
     setup = {
-        "dataset": dataset, "root": root and root.name, "arch": arch, **shared, "train_images": len(data.train_labels),
-        "image_shape": list(data.image_shape), "images": len(part.train_labels), "variant": variant,
+        "dataset": dataset, "data": name or (root.name if root else dataset), "arch": arch, **shared,
+        "train_images": len(data.train_labels), "image_shape": list(data.image_shape),
+        "images": len(part.train_labels), "variant": variant,
         "seconds": {"train": round(trained - start, 1), "compare": round(now - trained, 1)},
         "environment": environment(),
     }  # fmt: skip
@@ -270,7 +273,7 @@ def page(result: dict[str, Any]) -> str:
     versions = ", ".join(f"{key} {setup['environment'][key]}" for key in ("fastprune", "torch", "machine", "threads"))
     size, seconds = "x".join(map(str, setup["image_shape"])), setup["seconds"]
     lines = [
-        f"# Criteria against the oracle: {setup['arch']} on {setup['root'] or setup['dataset']}",
+        f"# Criteria against the oracle: {setup['arch']} on {setup['data']}",
         "",
         "Written by `fastprune oracle`; all numbers are in `oracle.json` beside this page.",
         "",

@@ -216,7 +216,7 @@ def test_a_criterion_that_leaves_layers_out_and_constant_scores_print_a_dash():
     assert masked["id"] is None and masked["spearman"]["layers"].keys() == {FIRST, SECOND}
     table = study.summary(result)
     assert "| maskblock-l1 |  - |" in table
-    setup = {"arch": "net", "dataset": "noise", "root": None, "image_shape": [3, 6, 6], "epochs": 1, "lr": 0.1}
+    setup = {"arch": "net", "data": "noise", "image_shape": [3, 6, 6], "epochs": 1, "lr": 0.1}
     setup |= {"batch_size": 5, "seed": 0, "images": 8, "variant": "paper", "train_images": 8}
     setup |= {"seconds": {"train": 1.0, "compare": 1.0}, "environment": study.environment()}
     network = {"test_acc": 0.5, "loss": found.loss, "channels": 14, "layers": 3}
@@ -232,10 +232,12 @@ SMALL = ("--epochs", "1", "--limit", "80", "--images", "24", "--batch-size", "16
 
 def test_command_end_to_end(capsys, tmp_path):
     argv = ["oracle", *SMALL, "--methods", "22", "taylor-weight-abs", "1", "--seed", "3", "--out", str(tmp_path / "a")]
+    argv += ["--name", "ten digits"]
     assert cli.main(argv) == 0
     out, page = capsys.readouterr().out, (tmp_path / "a" / "oracle.md").read_text()
     result = json.loads((tmp_path / "a" / "oracle.json").read_text())
     assert study.summary(result) in out and page == study.page(result)
+    assert page.startswith("# Criteria against the oracle: resnet20 on ten digits\n")
     assert [row["id"] for row in result["criteria"]] == [22, 3, 1]
     setup = result["setup"]
     assert (setup["images"], setup["train_images"], setup["epochs"], setup["seed"]) == (24, 80, 1, 3)
