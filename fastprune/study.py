@@ -203,7 +203,7 @@ def run(
         "dataset": dataset, "data": name or (root.name if root else dataset), "arch": arch, **shared,
         "train_images": len(data.train_labels), "image_shape": list(data.image_shape),
         "images": len(part.train_labels), "variant": variant,
-        "seconds": {"train": round(trained - start, 1), "compare": round(now - trained, 1)},
+        "seconds": {"train": round(sum(row["seconds"] for row in logs), 1), "compare": round(now - trained, 1)},
         "environment": environment(),
     }  # fmt: skip
     network = {
