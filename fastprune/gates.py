@@ -13,6 +13,7 @@ Source: gates, Molchanov et al., CVPR 2019, arXiv:1906.10771; Theis et al., 2018
 from __future__ import annotations
 
 import math
+import weakref
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -142,9 +143,12 @@ class GateStatistics:
     All norms write into one (N, T) buffer, and one launch at the end of the backward sums it: no activation is kept,
     nothing waits for the device, and the number of operators does not depend on the depth.
 
+    Between two backwards the model runs once, all gates with one batch size, and each gets a gradient; else
+    :meth:`take` says what is wrong.
+
     Args:
         model: Its modules get slots (those without a norm of ours a forward hook) until :meth:`close`,
-            or until it loses channels.
+            until it loses channels, or until it gets others from another GateStatistics.
         gates: From :func:`find_gates`.
         pixel_magnitudes: Also make the sums of abs(dz z), which costs arithmetic in the backward.
     """
@@ -153,7 +157,7 @@ class GateStatistics:
         if not gates:
             raise ValueError("GateStatistics: expected at least one gate, got none")
         self.gates = dict(gates)
-        self._anchor = next(p for p in model.parameters() if p.is_floating_point())
+        self._parameters = [p for p in model.parameters() if p.is_floating_point()]
         self._modules: list[nn.Module] = []
         self._hooks: list[Any] = []
         self._slot_of: dict[str, _Slots] = {}
@@ -162,6 +166,8 @@ class GateStatistics:
         self._buffers: list[Tensor] = []  # (N, T), one per kind
         self._rows: dict[int, _Rows] = {}  # by batch size
         self._pending: _Rows | None = None  # written by a forward and backward since the last collect
+        self._seen: dict[int, Any] = {}  # module number -> weak reference to what it got in the pending forward
+        self._fault: str | None = None  # why the sums of the pending forward would be wrong
         self._sums: list[tuple[Tensor, Tensor | None, int]] = []
 
     def _plan(self, model: nn.Module) -> tuple[Tensor, Tensor, int]:
@@ -177,12 +183,15 @@ class GateStatistics:
                 columns.append(mine[site.behind][0] + site.index.position)
                 channels.append(base + site.index.channel)
             base += gate.size
+        for module in model.modules():
+            if (slots := getattr(module, "gate_slots", None)) is not None:
+                slots.statistics.close()
         for name, mine in places.items():
             self._attach(name, model.get_submodule(name), mine)
         channel, order = torch.cat(channels).sort(stable=True)
         uses = torch.bincount(channel, minlength=base)
         offsets = torch.cat([uses.new_zeros(1), uses.cumsum(0)])
-        device = self._anchor.device
+        device = self._parameters[0].device
         return torch.cat(columns)[order].to(device), offsets.to(device), width
 
     def _attach(self, name: str, module: nn.Module, places: dict[str, tuple[int, int]]) -> None:
@@ -208,7 +217,11 @@ class GateStatistics:
 
         So several backwards between two :meth:`take` (gradient accumulation) add up.  Without it only the last counts.
         """
-        return _AtTheEnd.apply(self._anchor, self.collect)
+        # one that trains, for autograd.grad(loss, parameters) comes by no other leaf
+        anchor = next((p for p in self._parameters if p.requires_grad), None)
+        if anchor is None:
+            anchor = self._parameters[0].new_zeros((), requires_grad=True)
+        return _AtTheEnd.apply(anchor, self.collect)
 
     def collect(self) -> None:
         """Sum what the last backward wrote; nothing if there was none."""
@@ -223,12 +236,18 @@ class GateStatistics:
         """The sums since the last call; None without a backward in between.
 
         Raises:
-            GraphError: :meth:`close` was called, or the model lost channels since the gates were found.
+            GraphError: :meth:`close` was called, the model lost channels since the gates were found or got another
+                GateStatistics, or the forward was not as the class expects.
         """
         if not self._modules:
-            raise GraphError("GateStatistics: the model lost channels since its gates were found; find them again")
+            raise GraphError(
+                "GateStatistics: the model lost channels since its gates were found, or got others; find them again"
+            )
         self.collect()
         taken, self._sums = self._sums, []
+        fault, self._fault = self._fault, None
+        if taken and fault:
+            raise GraphError(f"GateStatistics: {fault}")
         if not taken:
             return None
         sums, pixels, samples = zip(*taken, strict=True)
@@ -259,14 +278,12 @@ class GateStatistics:
             self.close()  # the model was compacted since; it trains on without us
             return {}
         slots.pixels = math.prod(x.shape[2:])
-        rows = self._rows.get(len(x))
         dtype = torch.float64 if x.dtype == torch.float64 else torch.float32  # promote_types is an operator
+        self._follow(slots.number, x, dtype)
+        rows = self._rows.get(len(x))
         if rows is None or rows.buffers[0].dtype != dtype or rows.buffers[0].device != x.device:
             rows = self._grow(len(x), dtype, x.device)
-        if self._pending is not rows:
-            if self._pending is not None and self._pending.samples != rows.samples:
-                self._clear()  # a forward without a backward, or of which nobody wants the sums
-            self._pending = rows
+        self._pending = rows
         views = rows.views.get(slots.number)
         if views is None:
             views = rows.views[slots.number] = {
@@ -275,6 +292,29 @@ class GateStatistics:
                 for kind, buffer in zip(self._kinds, rows.buffers, strict=True)
             }
         return views
+
+    def _follow(self, number: int, x: Tensor, dtype: torch.dtype) -> None:
+        """Notice where a new forward begins, and what would make the sums wrong."""
+        if torch._C._current_graph_task_id() != -1:
+            return  # checkpointing runs a part of the forward again
+        pending, before = self._pending, self._seen.get(number)
+        if pending is None or before is not None:
+            if pending is not None and before() is not None:  # not yet freed by a backward
+                self._fault = "expected one forward per backward, got two; evaluate under no_grad"
+            else:
+                self._fault = None if not self._sums else self._fault
+            if pending is not None and pending.samples != len(x):
+                self._clear()  # a forward without a backward, or of which nobody wants the sums
+            self._seen = {}
+        elif (pending.samples, pending.buffers[0].dtype, pending.buffers[0].device) != (len(x), dtype, x.device):
+            self._fault = (
+                f"expected one batch size, dtype and device at all gates, got {pending.samples} "
+                f"{pending.buffers[0].dtype} {pending.buffers[0].device} and {len(x)} {dtype} {x.device}"
+            )
+        self._seen[number] = weakref.ref(x)
+        module = self._modules[number]
+        if not (x.requires_grad or any(p.requires_grad for p in module.parameters(recurse=False))):
+            self._fault = "a gate gets no gradient: all before it is frozen; let the network's input require one"
 
     def _grow(self, samples: int, dtype: torch.dtype, device: torch.device) -> _Rows:
         have = self._buffers[0] if self._buffers else None

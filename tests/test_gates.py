@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+import torch.utils.checkpoint
 import torchvision
 from torch import nn
 
@@ -194,3 +195,78 @@ def test_a_norm_that_lost_its_residual_says_so():
 def test_no_gates_are_refused():
     with pytest.raises(ValueError, match="at least one gate"):
         GateStatistics(net(), {})
+
+
+def test_accumulation_with_a_frozen_first_layer():
+    model, x, y = net().eval(), torch.randn(8, 3, 8, 8), torch.randint(10, (8,))
+    model[0].requires_grad_(False)
+    statistics = attached(model)
+    for part in (slice(0, 4), slice(4, 8)):
+        (F.cross_entropy(model(x[part]), y[part]) + statistics.penalty()).backward()
+    assert statistics.take().samples == 8
+
+
+def test_a_gate_behind_frozen_layers_says_so():
+    model, x, y = net(), torch.randn(4, 3, 8, 8), torch.randint(10, (4,))
+    model[:2].requires_grad_(False)
+    statistics = attached(model)
+    (F.cross_entropy(model(x), y) + statistics.penalty()).backward()
+    with pytest.raises(GraphError, match="all before it is frozen"):
+        statistics.take()
+    (F.cross_entropy(model(x.requires_grad_()), y) + statistics.penalty()).backward()
+    assert statistics.take().gradient.all()
+
+
+def test_two_forwards_before_a_backward_say_so():
+    model, x, y = net(), torch.randn(4, 3, 8, 8), torch.randint(10, (4,))
+    statistics = attached(model)
+    (F.cross_entropy(model(x), y) + F.cross_entropy(model(-x), y) + statistics.penalty()).backward()
+    with pytest.raises(GraphError, match="one forward per backward"):
+        statistics.take()
+    (F.cross_entropy(model(x), y) + statistics.penalty()).backward()
+    assert statistics.take().samples == 4
+
+
+class Frames(nn.Module):
+    """(N, T, C, H, W): a convolution over single frames, one over their mean."""
+
+    def __init__(self):
+        super().__init__()
+        self.frame = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8))
+        self.clip = nn.Sequential(nn.Conv2d(8, 6, 1), nn.BatchNorm2d(6))
+        self.fc = nn.Linear(6, 10)
+
+    def forward(self, x):
+        h = self.frame(x.flatten(0, 1)).relu().unflatten(0, x.shape[:2]).mean(1)
+        return self.fc(self.clip(h).relu().mean((2, 3)))
+
+
+def test_two_batch_sizes_in_one_forward_say_so():
+    model, x = Frames(), torch.randn(4, 5, 3, 8, 8)
+    statistics = GateStatistics(model, find_gates(model, trace(model, x), stem=True))
+    (model(x).sum() + statistics.penalty()).backward()
+    with pytest.raises(GraphError, match="expected one batch size"):
+        statistics.take()
+
+
+def test_a_second_one_takes_over_and_the_first_says_so():
+    model, x, y = net(), torch.randn(4, 3, 8, 8), torch.randint(10, (4,))
+    first, second = attached(model), attached(model)
+    (F.cross_entropy(model(x), y) + first.penalty() + second.penalty()).backward()
+    with pytest.raises(GraphError, match="or got others"):
+        first.take()
+    first.close()
+    assert second.take().samples == 4
+    second.close()
+    assert not any(m._forward_hooks or m.__dict__.get("gate_slots") for m in model.modules())
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_checkpointing_gives_the_same_sums(reentrant):
+    model, x, y = net(), torch.randn(4, 3, 8, 8, requires_grad=True), torch.randint(10, (4,))
+    statistics = attached(model)
+    (F.cross_entropy(model(x), y) + statistics.penalty()).backward()
+    expected = statistics.take()
+    hidden = torch.utils.checkpoint.checkpoint(model[:6], x, use_reentrant=reentrant)
+    (F.cross_entropy(model[6:](hidden), y) + statistics.penalty()).backward()
+    assert torch.equal(statistics.take().gradient, expected.gradient)
