@@ -78,8 +78,9 @@ def find_gates(
     ends = [name for name, out in graph.outputs.items() if out.is_sum]
     gates = {}
     for group in graph.groups.values():
-        kind = "skip" if group.coupled else "block"
-        sites = _sites(model, graph, group, explicit, ends if group.coupled else [])
+        coupled = sum(conv not in graph.factors for conv in group.convs) > 1
+        kind = "skip" if coupled else "block"
+        sites = _sites(model, graph, group, explicit, ends if coupled or group.depthwise else [])
         if not sites:
             continue
         if group.convs[0] in graph.stems and not stem and kind == "block" and sites[0].module not in explicit:
@@ -101,9 +102,13 @@ def _sites(
         sites = [_site(model, graph, group, name, False) for name in candidates if name in graph.outputs]
         if found := tuple(site for site in sites if len(site.index.position)):
             return found
-    # each convolution that writes the channels, behind its norm where it has one
+    # Each convolution that writes the channels, behind its norm where it has one.  Not those that only scale them; and
+    # before a depthwise convolution the gradient would vanish, as the norm behind that takes any factor out again.
+    writers = [conv for conv in group.convs if conv not in graph.factors] or group.convs
+    if group.depthwise and len(writers) == 1:
+        writers = [conv for conv in (*writers, *group.depthwise) if conv in graph.last] or writers
     sites = []
-    for conv in group.convs:
+    for conv in writers:
         norm = graph.norm_after.get(conv, conv)
         name = norm if norm in graph.outputs else conv
         if name not in graph.outputs:

@@ -122,6 +122,9 @@ class ChannelGraph:
         norm_after: Convolution or linear layer to the first norm that reads exactly its output channels.
         train_error: Why the forward in training mode could not run, or None if it did.
         stems: Convolutions and linear layers that read the network's input.
+        factors: Convolutions and linear layers whose outputs scale other channels, as in squeeze and excitation.
+        last: Those whose outputs, normed and activated, are what other layers read; of an expansion with a depthwise
+            convolution behind it only the latter.
         outputs: Module that runs once and returns a tensor of prunable channels, to these channels.
     """
 
@@ -130,6 +133,8 @@ class ChannelGraph:
     norm_after: dict[str, str]
     train_error: str | None
     stems: frozenset[str]
+    factors: frozenset[str]
+    last: frozenset[str]
     outputs: dict[str, Output] = field(repr=False)
     rows: tuple[Row, ...] = field(repr=False)
     channel_of: np.ndarray = field(repr=False)  # per label: number of its channel, counted over all groups; -1 = frozen
@@ -417,13 +422,16 @@ def _components(size: int, pairs: list[tuple[Tensor, Tensor]]) -> np.ndarray:
     return root
 
 
+_ROLES = ("producer", "depthwise", "norm", "consumer")  # as in Group
+
+
 def _assemble(tracer: Tracer, model: nn.Module, train_error: str | None) -> ChannelGraph:
     """Solve the equalities, bundle the channels that touch the same rows into groups, name what is left."""
     rows, total = tracer.rows, tracer.next_label
     owner = [r.name.rpartition(".")[0] for r in rows]
     order = {name: i for i, (name, _) in enumerate(model.named_modules())}
     place = [(order.get(name, -1), r) for r, name in enumerate(owner)]  # sorts rows by module, then parameter
-    having: dict[str, set[int]] = {role: set() for role in ("producer", "depthwise", "norm", "consumer", "stem")}
+    having: dict[str, set[int]] = {role: set() for role in (*_ROLES, "stem", "factor", "last")}
     for role, r in tracer.roles:
         having[role].add(r)
 
@@ -463,7 +471,7 @@ def _assemble(tracer: Tracer, model: nn.Module, train_error: str | None) -> Chan
         name, again = owner[makers[0]], 2
         while name in groups:
             name, again = f"{owner[makers[0]]}#{again}", again + 1
-        roles = (modules(role, touched) for role in ("producer", "depthwise", "norm", "consumer"))
+        roles = (modules(role, touched) for role in _ROLES)
         groups[name] = Group(name, len(roots), *roles, tuple(rows[r] for r in touched), channel_of, base)
         base += len(roots)
 
@@ -477,9 +485,11 @@ def _assemble(tracer: Tracer, model: nn.Module, train_error: str | None) -> Chan
             frozen.setdefault(owner[r], why[int(root[row.start + stuck[0]])] + part)
     norm_after = {owner[r]: owner[norm] for r, norm in tracer.norm_after.items() if r in made}
     means = frozenset(rows[r].name for r in tracer.norm_means)
-    stems = frozenset(owner[r] for r in having["stem"])
+    stems, factors, last = (frozenset(owner[r] for r in having[role]) for role in ("stem", "factor", "last"))
     outputs = _outputs(tracer, channel_of)
-    return ChannelGraph(groups, frozen, norm_after, train_error, stems, outputs, tuple(rows), channel_of, means)
+    return ChannelGraph(
+        groups, frozen, norm_after, train_error, stems, factors, last, outputs, tuple(rows), channel_of, means
+    )
 
 
 def _outputs(tracer: Tracer, channel_of: np.ndarray) -> dict[str, Output]:

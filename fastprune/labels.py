@@ -42,12 +42,14 @@ class Marks:
         tensor they meet has (the masks of channel-wise dropout).
     used: some op has read it.
     is_sum: the sum of two activations, as at the end of a residual block, or a pointwise function of one.
+    squashed: a sigmoid of something, as the factors of squeeze and excitation.
     """
 
     axes: dict[int, Tensor]
     kind: str
     used: bool = False
     is_sum: bool = False
+    squashed: bool = False
 
 
 UNMARKED = Marks({}, COMPUTED)
@@ -241,7 +243,11 @@ class Tracer(TorchDispatchMode):
             self.label(t, mine)
 
     def role(self, role: str, labels: Tensor | None) -> int:
-        """Note what an op does with a parameter dimension: "producer", "consumer", "depthwise", "norm" or "stem"."""
+        """Note what an op does with a parameter dimension.
+
+        "producer", "consumer", "depthwise", "norm", "stem"; "factor": its outputs scale other channels; "last": its
+        outputs come, possibly through a norm and pointwise ops, to a consumer.
+        """
         row = -1 if labels is None else self.row(labels)
         if row >= 0:
             self.roles[role, row] = None
@@ -301,9 +307,10 @@ class Tracer(TorchDispatchMode):
                 known.kind = kind
         if followed:
             self._apply(rule, call)
-            is_sum = self._is_sum(rule, call)
+            is_sum, squashed = self._is_sum(rule, call), self._is_squashed(rule, call)
             for t in call.outs:
                 getattr(t, ATTRIBUTE).is_sum = is_sum
+                getattr(t, ATTRIBUTE).squashed = squashed
         return out
 
     def _is_sum(self, rule: Rule | None, call: Call) -> bool:
@@ -311,6 +318,17 @@ class Tracer(TorchDispatchMode):
         if len(streams) == 2:
             return call.name.rstrip("_") in ("aten::add", "fastprune::batch_norm_act")
         return rule is pointwise and len(streams) == 1 and streams[0].is_sum
+
+    def _is_squashed(self, rule: Rule | None, call: Call) -> bool:
+        if call.name.rstrip("_") in ("aten::sigmoid", "aten::hardsigmoid"):
+            return True
+        return rule in (_copy, _view, _moved) and self._marks(call.ins[0]).squashed
+
+    def read(self, labels: Tensor | None) -> None:
+        """Note that a layer reads these channels: whatever wrote them was the last to do so."""
+        if labels is not None:
+            for row in {bisect_right(self.starts, label) - 1 for label in labels.tolist()}:
+                self.roles["last", row] = None
 
     @staticmethod
     def _kind_of(call: Call, rule: Rule | None, kinds: set[str], followed: bool) -> str:
@@ -371,6 +389,14 @@ def _like(tracer: Tracer, call: Call) -> None:
 def _product(tracer: Tracer, call: Call) -> None:
     """Multiplication: pointwise, and a masked weight times anything is still zero."""
     pointwise(tracer, call)
+    streams = [t for t in call.ins if tracer.kind(t) == DATA and t.dim() > 1 and 1 in tracer.axes(t)]
+    if len(streams) == 2 and streams[0].dim() == streams[1].dim():
+        # squeeze and excitation: one value per channel, or a sigmoid, scales the other
+        factor, scaled = sorted(streams, key=lambda t: (t.numel(), not tracer._marks(t).squashed))
+        rows = [tracer.row(tracer.axes(t)[1]) for t in (factor, scaled)]
+        if (factor.numel() < scaled.numel() or tracer._marks(factor).squashed) and rows[0] != rows[1]:
+            tracer.role("factor", tracer.axes(factor)[1])
+            tracer.label(call.out, tracer.axes(call.out) | {1: tracer.axes(scaled)[1]})
 
 
 def _moved(tracer: Tracer, call: Call) -> None:
@@ -462,6 +488,7 @@ def _contract(tracer: Tracer, x: Tensor, x_axis: int, w: Tensor, w_axis: int) ->
     labels = tracer.tie((x, x_axis), (w, w_axis))
     if tracer.kind(w) == WEIGHT:
         tracer.role("consumer", tracer.axes(w).get(w_axis % w.dim()))
+        tracer.read(tracer.axes(x).get(x_axis % x.dim()))
     else:
         made = "computed from other weights" if tracer.kind(w) == COMPUTED else "an activation itself"
         tracer.freeze(labels, f"it is multiplied by something that is {made}, where a removed channel need not be zero")
@@ -518,6 +545,7 @@ def _grouped(tracer: Tracer, x: Tensor, w: Tensor, bias: Tensor | None, groups: 
     else:
         tracer.equal(by_input[0], columns)
         tracer.role("consumer", columns)
+        tracer.read(ins)
     return out
 
 

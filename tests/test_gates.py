@@ -270,3 +270,43 @@ def test_checkpointing_gives_the_same_sums(reentrant):
     hidden = torch.utils.checkpoint.checkpoint(model[:6], x, use_reentrant=reentrant)
     (F.cross_entropy(model[6:](hidden), y) + statistics.penalty()).backward()
     assert torch.equal(statistics.take().gradient, expected.gradient)
+
+
+class Inverted(nn.Module):
+    """Expansion, depthwise convolution, squeeze and excitation or a concatenation with what came before, projection."""
+
+    def __init__(self, kind):
+        super().__init__()
+        self.kind = kind
+        self.expand = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU())
+        self.depthwise = nn.Sequential(nn.Conv2d(8, 8, 3, padding=1, groups=8), nn.BatchNorm2d(8), nn.ReLU())
+        self.squeeze, self.excite = nn.Conv2d(8, 4, 1), nn.Conv2d(4, 8, 1)
+        self.project = nn.Conv2d(16 if kind == "ghost" else 8, 10, 1)
+
+    def forward(self, x):
+        h = self.expand(x)
+        d = self.depthwise(h)
+        if self.kind == "ghost":
+            d = torch.cat([h, d], 1)
+        elif self.kind != "plain":
+            scale = self.excite(self.squeeze(d.mean((2, 3), keepdim=True)).relu()).sigmoid()
+            d = scale * d if self.kind == "factor first" else d * scale
+        return self.project(d).mean((2, 3))
+
+
+@pytest.mark.parametrize("kind", ["plain", "factor first", "factor last", "ghost"])
+def test_the_gate_is_behind_a_depthwise_convolution_whose_norm_would_hide_it(kind):
+    model, x, y = Inverted(kind).double(), torch.randn(4, 3, 8, 8).double(), torch.randint(10, (4,))
+    _, gates = found(model.float(), x.shape, stem=True)
+    assert gates["expand.0"].kind == "block"
+    model.double()
+    statistics = GateStatistics(model, gates)
+    (F.cross_entropy(model(x), y) + statistics.penalty()).backward()
+    # with ReLUs in between, a gate is a factor on the slices of the weights that read the channel
+    expected = torch.zeros(8, dtype=torch.float64)
+    for reader in (model.project, model.squeeze) if "factor" in kind else (model.project,):
+        slices = (reader.weight * reader.weight.grad).sum((0, 2, 3)).detach()
+        expected += slices.view(-1, 8).sum(0)
+    got = statistics.split(statistics.take().gradient)["expand.0"]
+    torch.testing.assert_close(got, expected, rtol=1e-2, atol=1e-3 * float(expected.abs().max()))
+    assert expected.abs().max() > 1e-4
