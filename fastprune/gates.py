@@ -90,9 +90,15 @@ def find_gates(
         for group in graph.groups.values():
             for conv in group.convs if group.coupled else ():
                 norm, wide = graph.norm_after.get(conv), max(model.get_submodule(conv).weight.shape[2:], default=1) > 1
-                if wide and conv not in graph.stems and norm in graph.outputs:
+                if wide and conv not in graph.stems and norm in graph.outputs and _silenceable(model, norm):
                     gates[norm] = GateSpec(norm, group.size, "branch", (_site(model, graph, group, norm, True),))
     return gates
+
+
+def _silenceable(model: nn.Module, norm: str) -> bool:
+    """Whether zeros in scale and shift make the norm return zeros; a bounded scale would be 0.5."""
+    module = model.get_submodule(norm)
+    return getattr(module, "weight", None) is not None and getattr(module, "bound", None) is None
 
 
 def _sites(

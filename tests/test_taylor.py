@@ -307,6 +307,25 @@ def test_branches_are_silenced_not_removed():
     assert set(method.keep_masks()) == set(method.groups)
 
 
+@pytest.mark.parametrize("kind", ["bounded", "without shift"])
+def test_branches_of_other_norms(kind):
+    model, x = fp.nn.convert_batchnorm(fp.models.create("resnet20"), bound="sigmoid"), torch.randn(8, 3, 16, 16)
+    if kind == "without shift":  # else a scale of zero is 0.5, so that nothing would be silent
+        for m in model.modules():
+            if isinstance(m, fp.nn.BatchNormAct2d):
+                m.bound = None
+    method = fp.create("taylor-gate", model, x[:2], variant="code", per_cut=60, frequency=1, max_removed=120)
+    assert any(g.kind == "branch" for g in method.gates.values()) == (kind == "without shift")
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    for _ in range(4):
+        step(method, model, x, torch.randint(10, (8,)), optimizer)
+    assert method.finished
+    for name, gate in method.gates.items():
+        if gate.kind == "branch":
+            norm, keep, index = model.get_submodule(name), method._keep[name], gate.sites[0].index
+            assert not norm.weight[index.position[~keep[index.channel]]].any()
+
+
 def test_momentum_starts_anew_after_the_last_cut():
     _, method, optimizer = run("taylor-gate", 3, per_cut=20, frequency=2, max_removed=20, shrink_every=0)
     assert method.finished and not any("momentum_buffer" in s for s in optimizer.state.values())

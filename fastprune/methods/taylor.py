@@ -101,9 +101,9 @@ class _Taylor(IterativeMethod):
             if gate.kind == "branch" and not self._keep[name].all():
                 position, channel = self.graph.groups[owners[name]].index[f"{name}.weight", 0]
                 gone = position[~self._keep[name][channel]]
-                for tensor in (f"{name}.weight", f"{name}.bias"):
+                for tensor, p in self.model.get_submodule(name).named_parameters(name):
                     dims = plan.setdefault(tensor, {})
-                    stays = dims.get(0, torch.arange(len(self.model.get_parameter(tensor))))
+                    stays = dims.get(0, torch.arange(len(p)))
                     dims[0] = stays[~torch.isin(stays, gone)]
         return plan
 
