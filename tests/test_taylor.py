@@ -389,6 +389,18 @@ def test_prunable_counts_of_the_fisher_networks():
         assert sum(g.size for g in method.groups.values()) == count
 
 
+def test_a_state_is_a_snapshot():
+    model, method, _ = run("taylor-gate", 5, per_cut=10, frequency=2, max_removed=60, shrink_every=1)
+    state = method.state_dict()
+    before = copy.deepcopy(state)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.02)
+    for _ in range(4):
+        step(method, model, torch.randn(8, 3, 16, 16, dtype=torch.float64), torch.randint(10, (8,)), optimizer)
+    assert method.cuts.removed > before["cuts"]["removed"]
+    for key in ("alive", "keep"):
+        assert all(torch.equal(state[key][name], before[key][name]) for name in before[key])
+
+
 def test_errors():
     model, x = fp.models.create("resnet20"), torch.randn(2, 3, 16, 16)
     with pytest.raises(ValueError, match="unknown method 7; known numbers"):
@@ -404,5 +416,7 @@ def test_errors():
         method.step(torch.optim.SGD(model.parameters(), lr=0.1))
     with pytest.raises(ValueError, match="expected one ratio or max_removed"):
         fp.create(22, copy.deepcopy(model), x, ratio={"layer1*": 0.5}, per_cut=5)
+    with pytest.raises(ValueError, match="variant belongs to Taylor's criteria"):
+        fp.create("fisher", fp.models.create("wrn-40-2", depth=10), x, variant="code")
     with pytest.raises(ValueError, match="it masks channels that one convolution writes"):
         fp.create("fisher", nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 3)), x)

@@ -40,7 +40,8 @@ def create(
 
     Args:
         name: One of :data:`METHODS`; of Taylor's criteria also their number, such as 22.
-        model: Traced once with ``example_inputs``; otherwise unchanged.
+        model: Traced once with ``example_inputs``.  Methods on gates make each ``nn.BatchNorm2d`` that has a gate a
+            :class:`fastprune.nn.BatchNormAct2d`, in place and with the same function; else it is unchanged.
         example_inputs: A tensor or a tuple of arguments for ``model``, on its device.
         ratio: Share of the channels to remove, 0 <= ratio < 1; or shares by group, see ``fastprune.select.keep_masks``.
         scope: ``"global"`` ranks all channels together, ``"local"`` within each group; None: as the method's authors.

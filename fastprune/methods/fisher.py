@@ -41,6 +41,13 @@ class _MaskBlock:
         masked = len(group.convs) == len(group.consumers) == 1 and group.convs[0] in self.graph.norm_after
         return masked and super().prunable(group)
 
+    def prepare(self) -> None:
+        if self.options.variant != "paper":
+            raise ValueError(
+                f"{self.name}: variant belongs to Taylor's criteria; leave it out, got {self.options.variant!r}"
+            )
+        super().prepare()
+
     def hint(self, graph: ChannelGraph) -> str:
         return "it masks channels that one convolution writes, a norm follows and one convolution reads"
 

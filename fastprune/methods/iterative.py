@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -37,8 +38,8 @@ class IterativeMethod(Method):
     Subclasses give ``units``, name to number of channels (the prunable groups, unless more can be silenced), and
     ``criterion``, (K,), float64, the channels of the units in order: higher = keep.  What a cut removed is zero at
     once, in the parameters and in the optimizer's state, and held at zero; nothing comes back.  With ``shrink_every``
-    the model (and the optimizer's state) gets physically smaller, which gives the same masks: from there on
-    ``keep_masks`` refers to the smaller model, ``survivors`` to the one the run started with.
+    the model (and the optimizer's state) gets physically smaller, which gives the same masks but for rounding.  From
+    then on ``keep_masks`` refers to the smaller model, ``survivors`` to the one the run started with.
     """
 
     Options = IterativeOptions
@@ -219,8 +220,9 @@ class IterativeMethod(Method):
         """The model got smaller: sizes and indices taken from it are out of date."""
 
     def state_dict(self) -> dict[str, Any]:
-        state = super().state_dict() | {"alive": self._alive, "keep": self._keep, "finished": self.finished}
-        state |= {"sum": self._sum, "count": self._count, "since_shrink": self._cuts_since_shrink}
+        state = super().state_dict() | {"finished": self.finished, "count": self._count}
+        state |= {"alive": _cloned(self._alive), "keep": _cloned(self._keep), "since_shrink": self._cuts_since_shrink}
+        state |= {"sum": None if self._sum is None else self._sum.clone()}
         return state | {"cuts": None if self.cuts is None else self.cuts.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -233,8 +235,13 @@ class IterativeMethod(Method):
         if gone:
             shrink(self.model, self.graph.kept(gone), None)
             self._follow(gone, None)
-        self._alive, self._keep, self.finished = state["alive"], state["keep"], state["finished"]
-        self._sum, self._count, self._cuts_since_shrink = state["sum"], state["count"], state["since_shrink"]
+        self._alive, self._keep = _cloned(state["alive"]), _cloned(state["keep"])
+        self._sum = None if state["sum"] is None else state["sum"].clone()
+        self.finished, self._count, self._cuts_since_shrink = state["finished"], state["count"], state["since_shrink"]
         if self.cuts is not None:
             self.cuts.load_state_dict(state["cuts"])
         self._mask(None)
+
+
+def _cloned(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: t.clone() for name, t in tensors.items()}

@@ -72,9 +72,13 @@ class _Taylor(IterativeMethod):
         """All gates of the model; those of ``groups``, and branches, are ranked."""
         if self.options.variant not in VARIANTS:
             raise ValueError(f"{self.name}: variant must be 'paper' or 'code', got {self.options.variant!r}")
-        found = find_gates(self.model, self.graph, stem=self.options.stem, branches=self.options.variant == "code")
+        found = find_gates(self.model, self.graph, stem=self.options.stem, branches=self._branches)
         kept = self.__dict__.get("groups")  # a second look, at the smaller model: no group joins
         return found if kept is None else {n: g for n, g in found.items() if n in kept or g.kind == "branch"}
+
+    @property
+    def _branches(self) -> bool:
+        return self.options.variant == "code" and self.options.coupled
 
     def prunable(self, group: Group) -> bool:
         return group.name in self.gates
@@ -426,7 +430,7 @@ class Curvature(_OnData):
         """First and second, (K,) float64 each, the gates' channels in order."""
         gradients, hessians = gate_hessian(
             self.model, list(self.gates), self.options.data, self.options.loss, self.example_inputs,
-            stem=self.options.stem, branches=self.options.variant == "code",
+            stem=self.options.stem, branches=self._branches,
         )  # fmt: skip
         return self._join(gradients), self._join(hessians)
 
@@ -457,7 +461,7 @@ class Oracle(_OnData):
     def measure(self) -> Tensor:
         changes = loss_without(
             self.model, list(self.gates), self.options.data, self.options.loss, self.example_inputs,
-            stem=self.options.stem, branches=self.options.variant == "code",
+            stem=self.options.stem, branches=self._branches,
         )  # fmt: skip
         if self.options.variant == "code":
             return self._join({name: change.abs().sum(0) for name, change in changes.per_batch.items()})
