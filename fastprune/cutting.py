@@ -108,6 +108,7 @@ class IterativeCuts:
         self._keep = {name: torch.ones(c, dtype=torch.bool) for name, c in sizes.items()}
         self._gone = dict.fromkeys(sizes, 0)  # channels that no longer exist; _keep holds the others
         self.cuts, self.windows, self.removed, self.threshold, self.averaged = 0, 0, 0, -math.inf, None
+        self._exhausted = False  # a cut found nothing: what stays is protected, or less than a group
         self._steps = 0  # all
         self._window = 0  # steps in _total and _loss
         self._first = True  # the window is the first one
@@ -117,7 +118,7 @@ class IterativeCuts:
     def finished(self) -> bool:
         """Nothing will be cut any more."""
         s = self.schedule
-        return self.removed >= s.max_removed if s.max_cuts is None else self.cuts >= s.max_cuts
+        return self.removed >= s.max_removed or self._exhausted if s.max_cuts is None else self.cuts >= s.max_cuts
 
     @property
     def due(self) -> bool:
@@ -170,7 +171,9 @@ class IterativeCuts:
                     )
             mixed = self.averaged is not None and s.momentum > 0
             self.averaged = s.momentum * self.averaged + (1 - s.momentum) * fresh if mixed else fresh
+            before = self.removed
             self._choose()
+            self._exhausted = self.removed == before
             self.cuts += 1
         self._first, self._window, self._total, self._loss = False, 0, None, None
         self.windows += 1
@@ -211,6 +214,7 @@ class IterativeCuts:
             "gone": dict(self._gone),
             "keep": {name: keep.clone() for name, keep in self._keep.items()},
             "cuts": self.cuts,
+            "exhausted": self._exhausted,
             "windows": self.windows,
             "removed": self.removed,
             "threshold": self.threshold,
@@ -234,7 +238,7 @@ class IterativeCuts:
             raise ValueError(f"IterativeCuts.load_state_dict: expected the state of layers {now}, got {was}")
         self.sizes, self._gone = dict(state["sizes"]), dict(state["gone"])
         self._keep = {name: keep.cpu().clone() for name, keep in state["keep"].items()}
-        self.cuts, self.windows = state["cuts"], state["windows"]
+        self.cuts, self.windows, self._exhausted = state["cuts"], state["windows"], state["exhausted"]
         self.removed, self.threshold = state["removed"], state["threshold"]
         self._steps, self._window, self._first = state["steps"], state["window"], state["first"]
         self.averaged = None if state["averaged"] is None else state["averaged"].cpu().clone()

@@ -27,6 +27,7 @@ from fastprune.graph import ChannelGraph, Group, Index
 from fastprune.nn import BatchNormAct2d, Gate
 from fastprune.nn.convert import convert_plain
 from fastprune.ops import channel_gate, gate_sums
+from fastprune.parallel import mean_over_processes, processes
 
 
 class Site(NamedTuple):
@@ -138,14 +139,14 @@ class GateSums(NamedTuple):
     squares: sum over samples of their squares.
     magnitudes: sum over samples of their absolute values.
     pixel_magnitudes: sum over samples and pixels of abs(dz z); None unless asked for.
-    samples: Number of samples.
+    samples: Number of samples; under data parallelism a scalar tensor.
     """
 
     gradient: Tensor
     squares: Tensor
     magnitudes: Tensor
     pixel_magnitudes: Tensor | None
-    samples: int
+    samples: int | Tensor
 
 
 class GateStatistics:
@@ -246,6 +247,9 @@ class GateStatistics:
     def take(self) -> GateSums | None:
         """The sums since the last call; None without a backward in between.
 
+        Under ``torch.distributed`` all processes must call it: the sums are over their samples, for the mean of their
+        losses.
+
         Raises:
             GraphError: :meth:`close` was called, the model lost channels since the gates were found or got another
                 GateStatistics, or the forward was not as the class expects.
@@ -262,10 +266,17 @@ class GateStatistics:
         if not taken:
             return None
         sums, pixels, samples = zip(*taken, strict=True)
-        total = sums[0] if len(sums) == 1 else torch.stack(sums).sum(0)
-        if pixels[0] is not None:
-            pixels = [pixels[0] if len(pixels) == 1 else torch.stack(pixels).sum(0)]
-        return GateSums(*total.unbind(), pixels[0], sum(samples))
+        total, samples = sums[0] if len(sums) == 1 else torch.stack(sums).sum(0), sum(samples)
+        magnitudes = pixels[0]
+        if magnitudes is not None and len(pixels) > 1:
+            magnitudes = torch.stack(pixels).sum(0)
+        if (world := processes()) > 1:
+            parts = [total.flatten(), total.new_full((1,), samples), *([] if magnitudes is None else [magnitudes])]
+            mean = mean_over_processes(torch.cat(parts))
+            total, samples = mean[: total.numel()].view_as(total), mean[total.numel()] * world
+            total[1] /= world
+            magnitudes = None if magnitudes is None else mean[total.numel() + 1 :]
+        return GateSums(*total.unbind(), magnitudes, samples)
 
     def per_sample(self) -> Tensor:
         """Per-sample gradients of the last backward, (N, K), float32 or float64, if nobody has summed them yet."""

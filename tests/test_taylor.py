@@ -389,6 +389,13 @@ def test_prunable_counts_of_the_fisher_networks():
         assert sum(g.size for g in method.groups.values()) == count
 
 
+@pytest.mark.parametrize("options", [{"ratio": 0.0}, {"max_removed": 1000}, {"group_size": 7, "max_removed": 48}])
+def test_a_run_ends_when_nothing_more_can_go(options):
+    _, method, _ = run("taylor-gate", 40, per_cut=60, frequency=1, momentum=0.0, shrink_every=5, **options)
+    assert method.finished and not any(hasattr(m, "gate_slots") and m.gate_slots for m in method.model.modules())
+    assert all(len(k) and k.any() for k in method.keep_masks().values())
+
+
 def test_a_state_is_a_snapshot():
     model, method, _ = run("taylor-gate", 5, per_cut=10, frequency=2, max_removed=60, shrink_every=1)
     state = method.state_dict()

@@ -12,6 +12,7 @@ from torch import Tensor
 from fastprune.compact import compact
 from fastprune.cutting import CutSchedule, IterativeCuts
 from fastprune.methods.base import Method, Options
+from fastprune.parallel import mean_over_processes
 from fastprune.surgery import shrink
 
 
@@ -40,6 +41,9 @@ class IterativeMethod(Method):
     once, in the parameters and in the optimizer's state, and held at zero; nothing comes back.  With ``shrink_every``
     the model (and the optimizer's state) gets physically smaller, which gives the same masks but for rounding.  From
     then on ``keep_masks`` refers to the smaller model, ``survivors`` to the one the run started with.
+
+    Under ``torch.distributed`` all processes call ``step`` alike: they average the criterion, so that all cut the same.
+    ``DistributedDataParallel`` cannot follow a model that gets smaller: set ``shrink_every=0`` and compact at the end.
     """
 
     Options = IterativeOptions
@@ -47,7 +51,6 @@ class IterativeMethod(Method):
     per_step = True  # the criterion belongs to a step; else it can be made at any time
 
     def prepare(self) -> None:
-        self.finished = False
         self._sum: Tensor | None = None  # of the criterion since the last cut, for one cut at the end
         self._count = 0
         self._held: tuple[list[Tensor], list[Tensor]] = ([], [])  # parameters and their masks
@@ -57,6 +60,7 @@ class IterativeMethod(Method):
         self._alive = {name: torch.arange(size) for name, size in units.items()}  # numbers in the original model
         self._sizes = dict(units)
         self.cuts = IterativeCuts(units, self._schedule(sum(units.values()))) if self.options.per_cut else None
+        self.finished = self.cuts is not None and self.cuts.finished
 
     def _schedule(self, total: int) -> CutSchedule:
         o, limit = self.options, self.options.max_removed
@@ -93,13 +97,15 @@ class IterativeMethod(Method):
         if self.cuts is None and not self.per_step:
             return
         with torch.no_grad():
-            criterion = self.criterion()
+            criterion = mean_over_processes(self.criterion())
             if self.cuts is None:
                 self._sum = criterion if self._sum is None else self._sum.add_(criterion)
                 self._count += 1
                 return
             if self.options.loss_threshold is not None and loss is None:
                 raise ValueError(f"{self.name}: loss_threshold needs the loss; call step(optimizer, loss)")
+            if self.options.loss_threshold is not None:
+                loss = mean_over_processes(loss)
             self.cuts.add(criterion, loss)
             if self.cuts.due:
                 self._cut(self.cuts.cut(), optimizer)

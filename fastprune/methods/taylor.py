@@ -155,6 +155,8 @@ class _Gate(_Taylor):
             self._statistics.close()
         super().resized()
         self._statistics = GateStatistics(self.model, self.gates, pixel_magnitudes=self._pixels)
+        if self.finished:
+            self._statistics.close()
 
     @property
     def _pixels(self) -> bool:

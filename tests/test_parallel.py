@@ -1,0 +1,70 @@
+"""Two processes that train together cut the same channels, those that one process with both halves would."""
+
+from __future__ import annotations
+
+import gc
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import nn
+
+import fastprune as fp
+from fastprune.gates import GateStatistics, find_gates
+from fastprune.graph import trace
+
+
+def net():
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 12, 3), nn.BatchNorm2d(12), nn.ReLU(),
+        nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(12, 10),
+    )  # fmt: skip
+
+
+def batch():
+    generator = torch.Generator().manual_seed(1)
+    return torch.randn(8, 3, 8, 8, generator=generator), torch.randint(10, (8,), generator=generator)
+
+
+def sums(model, x, y):
+    statistics = GateStatistics(model.eval(), find_gates(model, trace(model, x), stem=True), pixel_magnitudes=True)
+    (F.cross_entropy(model(x), y) + statistics.penalty()).backward()
+    return statistics.take()
+
+
+def work(rank, path):
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{path}/store", rank=rank, world_size=2)
+    x, y = (t[4 * rank : 4 * rank + 4] for t in batch())
+    found = tuple(torch.as_tensor(t) for t in sums(net(), x, y))
+    masks = {name: train(name, x, y) for name in ("taylor-gate", "taylor-output", "oracle")}
+    torch.save((found, masks), f"{path}/{rank}.pt")
+    gc.collect()  # a DistributedDataParallel that outlives its process group may hang
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def train(name, x, y):
+    model = net()
+    options = {"oracle": {"data": [(x, y)]}, "taylor-gate": {"loss_threshold": 2.35}}.get(name, {})
+    method = fp.create(name, model, x, stem=True, per_cut=4, frequency=1, max_removed=8, shrink_every=0, **options)
+    wrapped = nn.parallel.DistributedDataParallel(model)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    for _ in range(4):
+        loss = F.cross_entropy(wrapped(x), y)
+        optimizer.zero_grad()
+        (loss + method.penalty()).backward()
+        method.step(optimizer, loss.detach())
+    return torch.cat(list(method.survivors().values()))
+
+
+def test_all_processes_cut_the_same(tmp_path):
+    torch.multiprocessing.spawn(work, (str(tmp_path),), nprocs=2)
+    (sums0, masks0), (sums1, masks1) = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
+    expected = sums(net(), *batch())
+    for a, b, c in zip(sums0, sums1, expected, strict=True):
+        assert torch.equal(a, b)
+        torch.testing.assert_close(a, torch.as_tensor(c), rtol=1e-4, atol=1e-8, check_dtype=False)
+    for name, mask in masks0.items():
+        assert torch.equal(mask, masks1[name]) and int((~mask).sum()) == 8, name
