@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parent.parent
 LAYERS = (
     ("kernels",),
     ("errors",),
-    ("backends", "memory"),
+    ("backends", "memory", "parallel"),
     ("ops",),
     ("nn",),
     ("surgery", "labels", "graph", "flops", "models"),
