@@ -114,7 +114,8 @@ def _masked_conv2d(inputs: list[Tensor], backend: str) -> list[Tensor]:
 def _gate_sums(inputs: list[Tensor], backend: str) -> list[Tensor]:
     slots = inputs[0].flatten(1)[:, :19].contiguous()
     columns = torch.arange(19, device=slots.device).flip(0)
-    return [ops.gate_sums(slots, columns, columns.new_tensor([0, 3, 10, 19]), backend) / len(slots)]
+    sums = ops.gate_sums(slots, columns, columns.new_tensor([0, 3, 10, 19]), backend)
+    return [part / len(slots) for part in sums]
 
 
 CHECKS = {

@@ -67,7 +67,8 @@ def find_gates(
     """Find the place of a gate for every group of channels.
 
     Args:
-        model: The traced model.
+        model: The traced model.  An ``nn.BatchNorm2d`` that gets a gate becomes a ``BatchNormAct2d``, in place and with
+            the same function.
         graph: Its channel graph.
         stem: Also the group that reads the network's input, unless it is a residual stream; the authors leave it alone.
         branches: Also what each block of two wide convolutions adds to its stream, as the authors have it in ResNet-34.
@@ -180,7 +181,7 @@ class GateStatistics:
         self._pending: _Rows | None = None  # written by a forward and backward since the last collect
         self._seen: dict[int, Any] = {}  # module number -> weak reference to what it got in the pending forward
         self._fault: str | None = None  # why the sums of the pending forward would be wrong
-        self._sums: list[tuple[Tensor, Tensor | None, int]] = []
+        self._sums: list[tuple[tuple[Tensor, ...], int]] = []  # of each backward, and its number of samples
 
     def _plan(self, model: nn.Module) -> tuple[Tensor, Tensor, int]:
         """Hand out columns to places; the columns of each gate's channels, as :func:`gate_sums` takes them."""
@@ -241,8 +242,9 @@ class GateStatistics:
         if rows is None:
             return
         sums = gate_sums(rows.buffers[0], self._columns, self._offsets)
-        pixels = gate_sums(rows.buffers[1], self._columns, self._offsets)[0] if len(self._kinds) > 1 else None
-        self._sums.append((sums, pixels, rows.samples))
+        if len(self._kinds) > 1:
+            sums = (*sums, gate_sums(rows.buffers[1], self._columns, self._offsets)[0])
+        self._sums.append((sums, rows.samples))
 
     def take(self) -> GateSums | None:
         """The sums since the last call; None without a backward in between.
@@ -265,18 +267,13 @@ class GateStatistics:
             raise GraphError(f"GateStatistics: {fault}")
         if not taken:
             return None
-        sums, pixels, samples = zip(*taken, strict=True)
-        total, samples = sums[0] if len(sums) == 1 else torch.stack(sums).sum(0), sum(samples)
-        magnitudes = pixels[0]
-        if magnitudes is not None and len(pixels) > 1:
-            magnitudes = torch.stack(pixels).sum(0)
+        sums, samples = [_total(parts) for parts in zip(*(t[0] for t in taken), strict=True)], sum(t[1] for t in taken)
         if (world := processes()) > 1:
-            parts = [total.flatten(), total.new_full((1,), samples), *([] if magnitudes is None else [magnitudes])]
-            mean = mean_over_processes(torch.cat(parts))
-            total, samples = mean[: total.numel()].view_as(total), mean[total.numel()] * world
-            total[1] /= world
-            magnitudes = None if magnitudes is None else mean[total.numel() + 1 :]
-        return GateSums(*total.unbind(), magnitudes, samples)
+            sizes = [len(part) for part in sums]
+            *sums, count = mean_over_processes(torch.cat([*sums, sums[0].new_full((1,), samples)])).split([*sizes, 1])
+            sums[1] = sums[1] / world
+            samples = count[0] * world
+        return GateSums(*sums[:3], sums[3] if len(sums) > 3 else None, samples)
 
     def per_sample(self) -> Tensor:
         """Per-sample gradients of the last backward, (N, K), float32 or float64, if nobody has summed them yet."""
@@ -350,6 +347,10 @@ class GateStatistics:
     def _clear(self) -> None:
         for buffer in self._buffers:
             buffer.zero_()
+
+
+def _total(parts: tuple[Tensor, ...]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.stack(parts).sum(0)
 
 
 class _Rows(NamedTuple):

@@ -15,7 +15,7 @@ from torch import Tensor
 def _sums_kernel(
     slots_ptr,                 # (N, T) rows of `stride` elements; the columns read are zeroed
     columns_ptr, offsets_ptr,  # (J,), (K + 1,) int64
-    out_ptr,                   # (3, K) float64
+    sum_ptr, squares_ptr, magnitudes_ptr,  # (K,) float64 each
     N, stride, K,
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
@@ -41,24 +41,24 @@ def _sums_kernel(
         total += tl.sum(s, axis=0)
         squares += tl.sum(s * s, axis=0)
         magnitudes += tl.sum(tl.abs(s), axis=0)
-    tl.store(out_ptr + k, total, mask=live)
-    tl.store(out_ptr + K + k, squares, mask=live)
-    tl.store(out_ptr + 2 * K + k, magnitudes, mask=live)
+    tl.store(sum_ptr + k, total, mask=live)
+    tl.store(squares_ptr + k, squares, mask=live)
+    tl.store(magnitudes_ptr + k, magnitudes, mask=live)
 
 
 def config() -> dict[str, int]:
     return {"BLOCK_N": 32, "BLOCK_K": 32, "num_warps": 4}
 
 
-def gate_sums(slots: Tensor, columns: Tensor, offsets: Tensor) -> Tensor:
-    """Launches the sums; arguments and result as in :mod:`fastprune.ops.gate_sums`."""
+def gate_sums(slots: Tensor, columns: Tensor, offsets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Launches the sums; arguments and results as in :mod:`fastprune.ops.gate_sums`."""
     K, cfg = offsets.shape[0] - 1, config()
-    out = slots.new_empty((3, K), dtype=torch.float64)
+    sums = tuple(slots.new_empty((K,), dtype=torch.float64) for _ in range(3))
     if K:
         with torch.cuda.device_of(slots):
             grid = (triton.cdiv(K, cfg["BLOCK_K"]),)
-            _sums_kernel[grid](slots, columns, offsets, out, slots.shape[0], slots.stride(0), K, **cfg)
-    return out
+            _sums_kernel[grid](slots, columns, offsets, *sums, slots.shape[0], slots.stride(0), K, **cfg)
+    return sums
 
 
 AOT_DTYPES = ("fp32", "fp64")
@@ -66,5 +66,6 @@ AOT_DTYPES = ("fp32", "fp64")
 
 def aot(dtype: str) -> list[tuple]:
     """What scripts/aot_check.py compiles."""
-    types = {"slots_ptr": f"*{dtype}:16", "columns_ptr": "*i64:16", "offsets_ptr": "*i64:16", "out_ptr": "*fp64:16"}
+    types = {"slots_ptr": f"*{dtype}:16", "columns_ptr": "*i64:16", "offsets_ptr": "*i64:16"}
+    types |= {f"{name}_ptr": "*fp64:16" for name in ("sum", "squares", "magnitudes")}
     return [("", _sums_kernel, {**types, "N": "i32", "stride": "i32", "K": "i32"}, config(), False)]

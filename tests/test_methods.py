@@ -134,12 +134,11 @@ def test_a_step_calls_few_more_operators_whatever_the_depth(name):
                     optimizer.zero_grad()
                     loss.backward()
                     method.step(optimizer) if penalised else optimizer.step()
-        counted["method"].calls.subtract(counted["plain"].calls)
-        counts.append({space: n for space, n in counted["method"].calls.items() if n})
+        counts.append(sum(counted["method"].calls.values()) - sum(counted["plain"].calls.values()))
     assert counts[0] == counts[1], "grows with the depth"
     # Eager writes our ops as several of PyTorch's.
     eager = backends.select("scale_penalty", None, torch.ones(4)) == "eager"
-    assert counts[1].get("aten", 0) <= (25 if eager else 10) and counts[1].get("fastprune", 0) <= 2
+    assert counts[1] <= (20 if eager else 10)
 
 
 class Counted(TorchDispatchMode):
@@ -148,7 +147,7 @@ class Counted(TorchDispatchMode):
         return super().__enter__()
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.calls[func.namespace] += 1
+        self.calls[str(func)] += 1
         return func(*args, **(kwargs or {}))
 
 

@@ -5,6 +5,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <tuple>
 
 #include "tensor.h"
 
@@ -16,13 +17,12 @@ constexpr int64_t kBlock = 256;  // gates whose sums stay in the first-level cac
 struct Gates {
   int64_t samples, stride, count;
   const int64_t *columns, *offsets;
-  double* out;  // (3, count)
+  double *sum, *squares, *magnitudes;  // (count,) each
 };
 
 template <class T>
 void add_up(const Gates& g, T* slots, int64_t begin, int64_t end) {
-  double *sum = g.out, *squares = g.out + g.count, *magnitudes = g.out + 2 * g.count;
-  for (int64_t k = begin; k < end; ++k) sum[k] = squares[k] = magnitudes[k] = 0;
+  for (int64_t k = begin; k < end; ++k) g.sum[k] = g.squares[k] = g.magnitudes[k] = 0;
   for (int64_t n = 0; n < g.samples; ++n) {
     T* row = slots + n * g.stride;
     for (int64_t k = begin; k < end; ++k) {
@@ -31,14 +31,14 @@ void add_up(const Gates& g, T* slots, int64_t begin, int64_t end) {
         s += static_cast<double>(row[g.columns[j]]);
         row[g.columns[j]] = 0;
       }
-      sum[k] += s;
-      squares[k] += s * s;
-      magnitudes[k] += std::fabs(s);
+      g.sum[k] += s;
+      g.squares[k] += s * s;
+      g.magnitudes[k] += std::fabs(s);
     }
   }
 }
 
-Tensor gate_sums(const Tensor& slots, const Tensor& columns, const Tensor& offsets) {
+std::tuple<Tensor, Tensor, Tensor> gate_sums(const Tensor& slots, const Tensor& columns, const Tensor& offsets) {
   FP_CHECK_CPU(slots);
   FP_CHECK_DIM(slots, 2);
   const bool is_double = slots.scalar_type() == ScalarType::Double;
@@ -56,6 +56,8 @@ Tensor gate_sums(const Tensor& slots, const Tensor& columns, const Tensor& offse
           offsets.numel() - 1,
           static_cast<const int64_t*>(columns.data_ptr()),
           static_cast<const int64_t*>(offsets.data_ptr()),
+          nullptr,
+          nullptr,
           nullptr};
   // Indices are data: a wrong one must not write elsewhere.
   STD_TORCH_CHECK(
@@ -64,8 +66,11 @@ Tensor gate_sums(const Tensor& slots, const Tensor& columns, const Tensor& offse
   for (int64_t j = 0; j < columns.numel(); ++j)
     STD_TORCH_CHECK(g.columns[j] >= 0 && g.columns[j] < slots.size(1), "columns must be from 0 to ", slots.size(1) - 1,
                     ", got ", g.columns[j]);
-  const Tensor out = new_tensor({3, g.count}, ScalarType::Double);
-  g.out = static_cast<double*>(out.data_ptr());
+  const Tensor sum = new_tensor({g.count}, ScalarType::Double), squares = new_tensor({g.count}, ScalarType::Double);
+  const Tensor magnitudes = new_tensor({g.count}, ScalarType::Double);
+  g.sum = static_cast<double*>(sum.data_ptr());
+  g.squares = static_cast<double*>(squares.data_ptr());
+  g.magnitudes = static_cast<double*>(magnitudes.data_ptr());
   void* data = slots.data_ptr();
   parallel_for(run_parallel, (g.count + kBlock - 1) / kBlock, [&g, data, is_double](int64_t begin, int64_t end) {
     const int64_t first = begin * kBlock, last = std::min(end * kBlock, g.count);
@@ -74,7 +79,7 @@ Tensor gate_sums(const Tensor& slots, const Tensor& columns, const Tensor& offse
     else
       add_up(g, static_cast<float*>(data), first, last);
   });
-  return out;
+  return {sum, squares, magnitudes};
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fastprune, CPU, m) { m.impl("gate_sums.cpp", TORCH_BOX(&gate_sums)); }

@@ -8,7 +8,9 @@ from torch import Tensor
 from fastprune import backends
 
 
-def gate_sums(slots: Tensor, columns: Tensor, offsets: Tensor, backend: str | None = None) -> Tensor:
+def gate_sums(
+    slots: Tensor, columns: Tensor, offsets: Tensor, backend: str | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
     r"""Add up what the gates of a model got in one backward, and clear it.
 
     Gate k owns the columns ``columns[offsets[k]:offsets[k + 1]]`` of ``slots``, one for each place it is used at, so
@@ -20,7 +22,7 @@ def gate_sums(slots: Tensor, columns: Tensor, offsets: Tensor, backend: str | No
         offsets: int64, (K + 1,), ascending from 0 to J.
         backend: Force one backend; the default is the table in :mod:`fastprune.backends`.
 
-    Returns: (3, K), float64: :math:`\sum_n S_{nk}`, :math:`\sum_n S_{nk}^2` and :math:`\sum_n |S_{nk}|`.
+    Returns: :math:`\sum_n S_{nk}`, :math:`\sum_n S_{nk}^2` and :math:`\sum_n |S_{nk}|`, (K,) float64 each.
 
     Raises:
         ValueError: A shape, dtype or device does not fit.
@@ -46,7 +48,7 @@ def gate_sums(slots: Tensor, columns: Tensor, offsets: Tensor, backend: str | No
         return run(slots, columns, offsets)
 
 
-def _eager(slots: Tensor, columns: Tensor, offsets: Tensor) -> Tensor:
+def _eager(slots: Tensor, columns: Tensor, offsets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     uses = offsets.diff()
     taken = slots.index_select(1, columns).double()
     # gate after gate within a use, so that no two terms of one index_add_ meet and the order of the sum is fixed
@@ -55,16 +57,16 @@ def _eager(slots: Tensor, columns: Tensor, offsets: Tensor) -> Tensor:
         gates = (uses > use).nonzero().squeeze(1)
         sums.index_add_(1, gates, taken.index_select(1, offsets[gates] + use))
     slots.index_fill_(1, columns, 0)
-    return torch.stack([sums.sum(0), sums.square().sum(0), sums.abs().sum(0)])
+    return sums.sum(0), sums.square().sum(0), sums.abs().sum(0)
 
 
-def _fake(backend: str, slots: Tensor, columns: Tensor, offsets: Tensor) -> Tensor:
-    return slots.new_empty((3, offsets.shape[0] - 1), dtype=torch.float64)
+def _fake(backend: str, slots: Tensor, columns: Tensor, offsets: Tensor) -> tuple[Tensor, ...]:
+    return tuple(slots.new_empty((offsets.shape[0] - 1,), dtype=torch.float64) for _ in range(3))
 
 
 backends.define(
     "gate_sums",
-    {"gate_sums": "(Tensor(a!) slots, Tensor columns, Tensor offsets) -> Tensor"},
+    {"gate_sums": "(Tensor(a!) slots, Tensor columns, Tensor offsets) -> (Tensor, Tensor, Tensor)"},
     eager=_eager,
     fake={"gate_sums": _fake},
 )
