@@ -465,6 +465,7 @@ def test_the_iterative_bench_runs_and_writes_its_page(tmp_path, monkeypatch):
     argv = "bench --arch wrn-40-2 --depth 10 --width 0.5 --limit 200 --epochs 1 --steps 30 --frequency 3 --per-cut 4"
     argv += " --ratio 0.5 --shrink-every 2 --batch-size 20 --points 3 --scratch 1 --out"
     monkeypatch.setattr(sys, "argv", [*argv.split(), str(tmp_path / "iterative")])
+    monkeypatch.setattr(iterative.fp, "tune_cpu_memory", lambda: None)  # it would stay on for the tests that follow
     threads = torch.get_num_threads()
     try:
         iterative.main()
