@@ -421,6 +421,9 @@ def test_errors():
         method.keep_masks()
     with pytest.raises(ValueError, match="without a backward"):
         method.step(torch.optim.SGD(model.parameters(), lr=0.1))
+    copied, method = copy.deepcopy((model, fp.create(22, model, x)))
+    with pytest.raises(ValueError, match="for a copy of the model make a new method"):
+        step(method, copied, x, torch.tensor([0, 1]), torch.optim.SGD(copied.parameters(), lr=0.1))
     with pytest.raises(ValueError, match="expected one ratio or max_removed"):
         fp.create(22, copy.deepcopy(model), x, ratio={"layer1*": 0.5}, per_cut=5)
     with pytest.raises(ValueError, match="variant belongs to Taylor's criteria"):

@@ -177,7 +177,10 @@ class _Gate(_Taylor):
     def measure(self) -> Tensor:
         sums = self._statistics.take()
         if sums is None:
-            raise ValueError(f"{self.name}: step() without a backward before it, so there are no gate gradients")
+            raise ValueError(
+                f"{self.name}: step() without a backward of the model it was made for, so there are no gate gradients; "
+                "for a copy of the model make a new method"
+            )
         return self.reduce(sums)
 
     def reduce(self, sums: GateSums) -> Tensor:
