@@ -4,7 +4,7 @@ from __future__ import annotations
 
 __version__ = "0.1.0"
 
-from fastprune import backends, data, graph, methods, models, nn, ops
+from fastprune import backends, data, graph, methods, models, nn, ops, optim
 from fastprune.compact import compact
 from fastprune.errors import BackendError, DataError, FastpruneError, GraphError, TrainingError
 from fastprune.flops import flops
@@ -30,6 +30,7 @@ __all__ = [
     "models",
     "nn",
     "ops",
+    "optim",
     "prune_finetune",
     "train",
     "tune_cpu_memory",

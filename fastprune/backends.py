@@ -26,6 +26,7 @@ PREFERENCE: dict[str, dict[str, tuple[str, ...]]] = {
     "channel_gate": {"cuda": ("triton", "eager"), "cpu": ("cpp", "eager")},
     "filter_norm": {"cuda": ("triton", "eager"), "cpu": ("cpp", "eager")},
     "gate_sums": {"cuda": ("triton", "eager"), "cpu": ("cpp", "eager")},
+    "growing_sgd": {"cuda": ("triton", "eager"), "cpu": ("cpp", "eager")},
     "masked_conv2d": {"cuda": ("triton", "eager"), "cpu": ("cpp", "eager")},
     "scale_penalty": {"cuda": ("triton", "eager"), "cpu": ("cpp", "eager")},
     "weight_taylor": {"cuda": ("triton", "eager"), "cpu": ("cpp", "eager")},

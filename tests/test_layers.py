@@ -19,7 +19,7 @@ LAYERS = (
     ("backends", "memory", "parallel"),
     ("ops",),
     ("nn",),
-    ("surgery", "labels", "graph", "flops", "models"),
+    ("surgery", "labels", "graph", "flops", "models", "optim"),
     ("select", "compact", "gates", "correlation", "hessian", "cutting", "oracle"),
     ("methods",),
     ("data", "train"),
