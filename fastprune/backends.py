@@ -27,6 +27,7 @@ PREFERENCE: dict[str, dict[str, tuple[str, ...]]] = {
     "filter_norm": {"cuda": ("triton", "eager"), "cpu": ("cpp", "eager")},
     "gate_sums": {"cuda": ("triton", "eager"), "cpu": ("cpp", "eager")},
     "growing_sgd": {"cuda": ("triton", "eager"), "cpu": ("cpp", "eager")},
+    "gram_penalty": {"cuda": ("triton", "eager"), "cpu": ("cpp", "eager")},
     "masked_conv2d": {"cuda": ("triton", "eager"), "cpu": ("cpp", "eager")},
     "scale_penalty": {"cuda": ("triton", "eager"), "cpu": ("cpp", "eager")},
     "weight_taylor": {"cuda": ("triton", "eager"), "cpu": ("cpp", "eager")},
