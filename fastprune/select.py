@@ -1,7 +1,9 @@
 """From scores to keep-masks: the share to remove, ranked over the whole network or group by group.
 
-Source: the rule of Receding Neuron Importances, arXiv 2204.06404, which is Network Slimming's (Liu et al., ICCV 2017,
-arXiv 1708.06519) with a floor of three channels per layer.
+Two rules.  :func:`keep_masks` cuts at a quantile of the scores: Receding Neuron Importances, arXiv 2204.06404, which is
+Network Slimming's (Liu et al., ICCV 2017, arXiv 1708.06519) with a floor of three channels per layer.  :func:`pick` and
+:func:`pick_globally` remove a counted number of the lowest, highest or random ones: GReg, arXiv 2012.09243, and TPP,
+arXiv 2207.12534.
 """
 
 from __future__ import annotations
@@ -10,12 +12,15 @@ import math
 from collections.abc import Mapping
 from fnmatch import fnmatchcase
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from fastprune.errors import did_you_mean
 
 SCOPES = ("global", "local")
+ORDERS = ("min", "max", "rand")
+LIMITS = {"greg": lambda n: n - 1, "tpp": lambda n: int(0.995 * n)}  # the most that may go of n
 
 
 def keep_masks(
@@ -106,3 +111,101 @@ def _ratios(scores: Mapping[str, Tensor], ratio: float | Mapping[str, float]) ->
         name: asked[name] if name in asked else next((r for p, r in asked.items() if fnmatchcase(name, p)), 0.0)
         for name in scores
     }
+
+
+def number_removed(ratio: float, size: int, limit: str = "greg") -> int:
+    """How many of ``size`` channels or weights go at a ratio: ``min(ceil(ratio * size), most)``.
+
+    ``most`` is ``size - 1`` for ``limit="greg"`` and ``int(0.995 * size)`` for ``"tpp"``.  The product is not rounded
+    before the ceiling, as the published counts want it: ``0.07 * 100`` is 7.000000000000001, so 8 of 100 go.
+    """
+    if limit not in LIMITS:
+        raise ValueError(f"number_removed: unknown limit {limit!r}{did_you_mean(str(limit), LIMITS)}")
+    return min(math.ceil(_checked_ratio("number_removed", ratio) * size), LIMITS[limit](size))
+
+
+def pick(scores: Tensor, ratio: float, order: str = "min", limit: str = "greg", seed: int = 42) -> Tensor:
+    """Choose the channels of one layer by number, as GReg and TPP do.
+
+    Args:
+        scores: (C,), any floating dtype and device; the authors' is the mean magnitude of each filter.
+        ratio: Share to remove, 0 <= ratio < 1; :func:`number_removed` says how many that is.
+        order: ``"min"`` removes the lowest scores, ``"max"`` the highest, ``"rand"`` the first channels of
+            ``np.random.RandomState(seed).permutation(C)`` whatever their scores: layers of one width lose the same
+            ones.  Among equal scores "min" removes the lower index and "max" the higher.
+        limit: Most that may go: ``"greg"`` or ``"tpp"``.
+        seed: Of ``order="rand"``.
+
+    Returns: A bool vector, (C,), True = keep, on the device of ``scores``.
+
+    Raises:
+        ValueError: NaN scores, wrong shape or dtype, a ratio outside [0, 1), an unknown order or limit.
+
+    Source: Wang et al., ICLR 2021, arXiv:2012.09243; Wang and Fu, ICLR 2023, arXiv:2207.12534.
+    """
+    _check_scores("pick", {"scores": scores}, order)
+    removed = _ranked(scores, order, seed)[: number_removed(ratio, len(scores), limit)]
+    return torch.ones_like(scores, dtype=torch.bool).index_fill_(0, removed, False)
+
+
+def pick_globally(
+    scores: Mapping[str, Tensor], ratio: float, order: str = "min", min_keep: int = 1, seed: int = 42
+) -> dict[str, Tensor]:
+    """Choose the channels of all layers together: ``ceil(ratio * total)`` go, ranked against each other.
+
+    In every group the ``min_keep`` channels that would go last stay, and others go in their place; only if these
+    floors leave too few does less go than asked.
+
+    Args:
+        scores: Group name to scores, (C,), on one device.
+        ratio: Share of all channels to remove, 0 <= ratio < 1.
+        order: As in :func:`pick`; ties are broken by the order of the groups, then as there.
+        min_keep: Channels that stay in every group; a smaller group is kept whole.
+        seed: Of ``order="rand"``.
+
+    Returns: Group name to a bool vector, (C,), True = keep.
+
+    Raises:
+        ValueError: As :func:`pick`, or ``min_keep`` below 1.
+    """
+    if min_keep < 1:
+        raise ValueError(f"pick_globally: min_keep must be at least 1, got {min_keep}")
+    _check_scores("pick_globally", scores, order)
+    if not scores:
+        return {}
+    sizes = [len(score) for score in scores.values()]
+    # float64 holds every narrower score exactly, so that layers of different dtypes can be ranked
+    ranked = _ranked(torch.cat([score.detach().double() for score in scores.values()]), order, seed)
+    group_of = torch.repeat_interleave(torch.arange(len(sizes)), torch.tensor(sizes)).to(ranked.device)
+    floor = torch.zeros(sum(sizes), dtype=torch.bool, device=ranked.device)
+    for i in range(len(sizes)):
+        floor[ranked[group_of[ranked] == i][-min_keep:]] = True
+    removed = ranked[~floor[ranked]][: math.ceil(_checked_ratio("pick_globally", ratio) * sum(sizes))]
+    keep = torch.ones(sum(sizes), dtype=torch.bool, device=ranked.device).index_fill_(0, removed, False)
+    return dict(zip(scores, keep.split(sizes), strict=True))
+
+
+def _ranked(scores: Tensor, order: str, seed: int) -> Tensor:
+    """Indices in the order in which they go."""
+    if order == "rand":
+        return torch.from_numpy(np.random.RandomState(seed).permutation(len(scores))).to(scores.device)
+    lowest_first = scores.detach().sort(stable=True).indices
+    return lowest_first if order == "min" else lowest_first.flip(0)
+
+
+def _checked_ratio(who: str, ratio: float) -> float:
+    if not isinstance(ratio, (int, float)) or not 0 <= ratio < 1:
+        raise ValueError(f"{who}: expected 0 <= ratio < 1 (the share removed), got {ratio!r}")
+    return ratio
+
+
+def _check_scores(who: str, scores: Mapping[str, Tensor], order: str) -> None:
+    if order not in ORDERS:
+        raise ValueError(f"{who}: unknown order {order!r}{did_you_mean(str(order), ORDERS)}")
+    for name, score in scores.items():
+        if score.dim() != 1 or not score.is_floating_point():
+            got = f"{score.dtype} {tuple(score.shape)}"
+            raise ValueError(f"{who}: expected floating scores of shape (C,) for {name}, got {got}")
+    if scores and torch.cat([score.isnan() for score in scores.values()]).any():  # the only synchronisation
+        bad = next(name for name, score in scores.items() if score.isnan().any())
+        raise ValueError(f"{who}: NaN scores in {bad}; a loss or a gradient overflowed")
