@@ -20,7 +20,7 @@ LAYERS = (
     ("ops",),
     ("nn",),
     ("surgery", "labels", "graph", "flops", "models", "optim"),
-    ("select", "compact", "gates", "correlation", "hessian", "cutting", "oracle"),
+    ("select", "ratios", "compact", "gates", "correlation", "hessian", "cutting", "growing", "oracle"),
     ("methods",),
     ("data", "train"),
     ("__init__",),  # the public names
