@@ -17,12 +17,12 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from fastprune import backends
 from fastprune.graph import ChannelGraph, Group
 from fastprune.methods.base import Method, Options, register
+from fastprune.methods.penalty import penalty_of
 from fastprune.ops.scale_penalty import value_and_grad
 
 
@@ -73,7 +73,9 @@ class _ScaleMethod(Method):
         """
         if not self._scales:
             return super().penalty()
-        return _Penalty.apply(self._scales[0], self._scales, self.kind, self.shift, self.options.reg_weight)
+        scales = [w.detach() for w in self._scales]
+        value, grad = value_and_grad(scales, self.kind, self.shift, backends.select("scale_penalty", None, *scales))
+        return penalty_of(value, self._scales, grad.split([w.numel() for w in scales]), self.options.reg_weight)
 
     @torch.no_grad()
     def scores(self) -> dict[str, Tensor]:
@@ -119,33 +121,3 @@ class UCS(_ScaleMethod):
 
     def penalty(self) -> Tensor:
         return Method.penalty(self)
-
-
-class _Penalty(torch.autograd.Function):
-    """The penalty in the loss, with a gradient that goes to ``.grad`` in one call.
-
-    Handed to autograd, the gradients would be added one by one: a launch per norm.
-    """
-
-    @staticmethod
-    def forward(ctx, anchor, scales, kind, shift, reg_weight):  # the anchor makes the backward run
-        value, grad = value_and_grad(scales, kind, shift, backends.select("scale_penalty", None, *scales))
-        ctx.scales, ctx.grad, ctx.reg_weight = scales, grad, reg_weight
-        return value * reg_weight
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, dy):
-        scales = ctx.scales
-        grads = (ctx.grad * (dy * ctx.reg_weight)).to(scales[0].dtype).split([w.numel() for w in scales])
-
-        def add() -> None:
-            for w in scales:
-                if w.grad is None:
-                    w.grad = torch.zeros_like(w)
-            torch._foreach_add_([w.grad for w in scales], grads)
-
-        # Queued twice: DistributedDataParallel queues, after us, the callback that overwrites .grad with the mean.
-        engine = torch.autograd.Variable._execution_engine
-        engine.queue_callback(lambda: engine.queue_callback(add))
-        return None, None, None, None, None
