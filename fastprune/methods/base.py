@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
+from fastprune import ops
 from fastprune.errors import did_you_mean
 from fastprune.graph import ChannelGraph, Group, trace
+from fastprune.optim import GrowingSGD
+from fastprune.ratios import Ratio, left_alone, resolve, skipped
 from fastprune.select import keep_masks
+from fastprune.surgery import Plan
 
 METHODS: dict[str, type[Method]] = {}
 IDS: dict[int, str] = {}  # the numbers that Taylor's authors give their criteria
-Ratio = float | Mapping[str, float]
 
 
 def register(name: str, number: int | None = None) -> Callable[[type[Method]], type[Method]]:
@@ -43,7 +46,8 @@ def create(
         model: Traced once with ``example_inputs``.  Methods on gates make each ``nn.BatchNorm2d`` that has a gate a
             :class:`fastprune.nn.BatchNormAct2d`, in place and with the same function; else it is unchanged.
         example_inputs: A tensor or a tuple of arguments for ``model``, on its device.
-        ratio: Share of the channels to remove, 0 <= ratio < 1; or shares by group, see ``fastprune.select.keep_masks``.
+        ratio: Share of the channels to remove, 0 <= ratio < 1; or shares by stage, layer index, name or pattern, see
+            :mod:`fastprune.ratios`.
         scope: ``"global"`` ranks all channels together, ``"local"`` within each group; None: as the method's authors.
         options: Fields of the method's ``Options``.
 
@@ -69,6 +73,7 @@ class Options:
 
     coupled: bool = False  # also groups that several convolutions write, such as residual streams
     min_keep: int = 3  # channels that stay in any group
+    skip: str | tuple[str, ...] = ()  # layers left alone: "stage.block.conv" prefixes or glob patterns of names
 
 
 class Method:
@@ -86,20 +91,36 @@ class Method:
         self, model: nn.Module, graph: ChannelGraph, ratio: Ratio, scope: str, options: Any, example_inputs: Any
     ) -> None:
         self.model, self.graph, self.example_inputs = model, graph, example_inputs
-        self.ratio, self.scope, self.options = ratio, scope, options
+        self.scope, self.options = scope, options
         self.steps = 0  # optimizer steps made
+        self.reg: dict[Tensor, Tensor] = {}  # parameter -> extra weight decay, broadcastable to it
+        self.held: dict[Tensor, Tensor] = {}  # parameter -> bool, broadcastable to it; False = zero, and stays so
         self._no_penalty = torch.zeros(())  # made once: a step should launch no more than it must
         self.groups: dict[str, Group] = {
             key: group
             for key, group in graph.groups.items()
             if (options.coupled or not group.coupled) and self.prunable(group)
         }
-        if not self.groups:
+        if options.skip:
+            self.leave(skipped(options.skip, model, self.layers()))
+        if not self.layers():
             raise ValueError(
                 f"{self.name}: no group of channels it can prune in {type(model).__name__}; {self.hint(graph)}"
             )
-        self._keep_masks({key: torch.zeros(group.size) for key, group in self.groups.items()})  # bad ratios show now
+        self.ratio = resolve(ratio, model, self.layers(), reasons=left_alone(graph, self.layers()))
+        self.check_ratio()  # bad ratios show now
         self.prepare()
+
+    def layers(self) -> list[str]:
+        """Names of what has a ratio of its own."""
+        return list(self.groups)
+
+    def leave(self, names: set[str]) -> None:
+        """Leave these layers out."""
+        self.groups = {key: group for key, group in self.groups.items() if key not in names}
+
+    def check_ratio(self) -> None:
+        self._keep_masks({key: torch.zeros(group.size) for key, group in self.groups.items()})
 
     def prunable(self, group: Group) -> bool:
         """Whether this method can score ``group``."""
@@ -125,12 +146,68 @@ class Method:
     def after_step(self) -> None:
         """Weights are updated."""
 
-    def step(self, optimizer: torch.optim.Optimizer, loss: Tensor | None = None) -> None:
-        """In place of ``optimizer.step()``; ``loss``, a scalar, for methods that decide by it."""
+    def step(
+        self, optimizer: torch.optim.Optimizer, loss: Tensor | None = None, scaler: torch.amp.GradScaler | None = None
+    ) -> None:
+        """In place of ``optimizer.step()``, or of ``scaler.step(optimizer)``.
+
+        Args:
+            optimizer: With :class:`fastprune.optim.GrowingSGD` regularisation, update and hold are one launch; with any
+                other one there is a launch before and one after it.
+            loss: Scalar, for methods that decide by it.
+            scaler: Gradients are scaled by it; call ``scaler.update()`` afterwards, as ever.
+        """
         self.after_backward()
-        optimizer.step()
+        ours = isinstance(optimizer, GrowingSGD)
+        if ours:
+            optimizer.constrain(self.reg, self.held)
+        elif self.reg:
+            if scaler is not None:
+                scaler.unscale_(optimizer)
+            for params in alike(p for p in self.reg if p.grad is not None):
+                ops.grow_grads(params, [p.grad for p in params], [self.reg[p] for p in params])
+        if scaler is None:
+            optimizer.step()
+        else:
+            scaler.step(optimizer)
+        if self.held and not ours:
+            self._zero_held()
         self.after_step()
         self.steps += 1
+
+    @torch.no_grad()
+    def hold(self, keep: Mapping[Tensor, Tensor], optimizer: torch.optim.Optimizer | None = None) -> None:
+        """Zero what ``keep`` marks False, and see to it that each step leaves it so.
+
+        Args:
+            keep: Parameter to a bool tensor that broadcasts to it; replaces what was held before.
+            optimizer: Its state is zeroed there too.
+        """
+        self.held = dict(keep)
+        for p, stays in self.held.items():
+            for entry in optimizer.state.get(p, {}).values() if optimizer is not None else ():
+                if isinstance(entry, Tensor) and entry.shape == p.shape:
+                    entry.mul_(stays)
+        self._zero_held()
+
+    def _zero_held(self) -> None:
+        for params in alike(self.held):
+            ops.hold(params, [self.held[p] for p in params])
+
+    def masks(self, plan: Plan) -> dict[Tensor, Tensor]:
+        """Parameter to bool, broadcastable to it: what a plan of indices that stay means for each parameter."""
+        named, masks = dict(self.model.named_parameters()), {}
+        for name, dims in plan.items():
+            if name not in named:
+                continue
+            p = named[name]
+            mask = torch.ones([1] * p.dim(), dtype=torch.bool, device=p.device)
+            for dim, stays in dims.items():
+                line = torch.zeros(p.shape[dim], dtype=torch.bool, device=p.device)
+                line.index_fill_(0, stays.to(p.device), True)
+                mask = mask & line.view([-1 if d == dim else 1 for d in range(p.dim())])
+            masks[p] = mask
+        return masks
 
     def scores(self) -> dict[str, Tensor]:
         """Per group (C,), floating point, without autograd; higher = keep."""
@@ -149,3 +226,11 @@ class Method:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.steps = state["steps"]
+
+
+def alike(params: Iterable[Tensor]) -> list[list[Tensor]]:
+    """Parameters by device and dtype: a launch takes one of each."""
+    lists: dict[tuple, list[Tensor]] = {}
+    for p in params:
+        lists.setdefault((p.device, p.dtype), []).append(p)
+    return list(lists.values())

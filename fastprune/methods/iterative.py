@@ -53,7 +53,6 @@ class IterativeMethod(Method):
     def prepare(self) -> None:
         self._sum: Tensor | None = None  # of the criterion since the last cut, for one cut at the end
         self._count = 0
-        self._held: tuple[list[Tensor], list[Tensor]] = ([], [])  # parameters and their masks
         self._cuts_since_shrink = 0
         units = self.units()
         self._keep = {name: torch.ones(size, dtype=torch.bool) for name, size in units.items()}
@@ -90,7 +89,13 @@ class IterativeMethod(Method):
         """Of this step, after the optimizer's step, (K,)."""
         raise NotImplementedError
 
-    def step(self, optimizer: torch.optim.Optimizer, loss: Tensor | None = None) -> None:
+    def step(
+        self, optimizer: torch.optim.Optimizer, loss: Tensor | None = None, scaler: torch.amp.GradScaler | None = None
+    ) -> None:
+        if scaler is not None and scaler.is_enabled():
+            raise ValueError(
+                f"{self.name}: its scores are made of gradients, which a GradScaler scales; use bfloat16 without one"
+            )
         super().step(optimizer, loss)
         if self.finished:
             return
@@ -109,11 +114,6 @@ class IterativeMethod(Method):
             self.cuts.add(criterion, loss)
             if self.cuts.due:
                 self._cut(self.cuts.cut(), optimizer)
-
-    @torch.no_grad()
-    def after_step(self) -> None:
-        if self._held[0]:
-            torch._foreach_mul_(*self._held)
 
     def scores(self) -> dict[str, Tensor]:
         """Of the last cut, of all steps so far, or of now, (C,) float64 by group."""
@@ -175,25 +175,7 @@ class IterativeMethod(Method):
     def _mask(self, optimizer: torch.optim.Optimizer | None) -> None:
         """Zero what is cut, in model and optimizer, and see to it that it stays so."""
         self.graph.mask_(self.model, {name: self._keep[name] for name in self.groups})
-        parameters, masks = [], []
-        named = dict(self.model.named_parameters())
-        for name, dims in self.dead().items():
-            if name not in named:
-                continue
-            p = named[name]
-            mask = torch.ones([1] * p.dim(), dtype=p.dtype, device=p.device)
-            for dim, stays in dims.items():
-                line = torch.zeros(p.shape[dim], dtype=p.dtype, device=p.device)
-                line.index_fill_(0, stays.to(p.device), 1)
-                mask = mask * line.view([-1 if d == dim else 1 for d in range(p.dim())])
-            parameters.append(p)
-            masks.append(mask)
-            for entry in optimizer.state.get(p, {}).values() if optimizer is not None else ():
-                if isinstance(entry, Tensor) and entry.shape == p.shape:
-                    entry.mul_(mask)
-        self._held = (parameters, masks)
-        if parameters:
-            torch._foreach_mul_(parameters, masks)
+        self.hold(self.masks(self.dead()), optimizer)
 
     def _shrink(self, optimizer: torch.optim.Optimizer) -> None:
         keep = {name: self._keep[name] for name in self.groups if not self._keep[name].all()}
