@@ -124,7 +124,9 @@ def number_removed(ratio: float, size: int, limit: str = "greg") -> int:
     return min(math.ceil(_checked_ratio("number_removed", ratio) * size), LIMITS[limit](size))
 
 
-def pick(scores: Tensor, ratio: float, order: str = "min", limit: str = "greg", seed: int = 42) -> Tensor:
+def pick(
+    scores: Tensor, ratio: float, order: str = "min", limit: str = "greg", seed: int = 42, min_keep: int = 1
+) -> Tensor:
     """Choose the channels of one layer by number, as GReg and TPP do.
 
     Args:
@@ -135,6 +137,7 @@ def pick(scores: Tensor, ratio: float, order: str = "min", limit: str = "greg", 
             ones.  Among equal scores "min" removes the lower index and "max" the higher.
         limit: Most that may go: ``"greg"`` or ``"tpp"``.
         seed: Of ``order="rand"``.
+        min_keep: Channels that stay in any case; a smaller layer is kept whole.
 
     Returns: A bool vector, (C,), True = keep, on the device of ``scores``.
 
@@ -144,7 +147,8 @@ def pick(scores: Tensor, ratio: float, order: str = "min", limit: str = "greg", 
     Source: Wang et al., ICLR 2021, arXiv:2012.09243; Wang and Fu, ICLR 2023, arXiv:2207.12534.
     """
     _check_scores("pick", {"scores": scores}, order)
-    removed = _ranked(scores, order, seed)[: number_removed(ratio, len(scores), limit)]
+    most = max(0, len(scores) - min_keep)
+    removed = _ranked(scores, order, seed)[: min(number_removed(ratio, len(scores), limit), most)]
     return torch.ones_like(scores, dtype=torch.bool).index_fill_(0, removed, False)
 
 

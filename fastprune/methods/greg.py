@@ -1,0 +1,280 @@
+"""Growing regularisation: an L2 penalty that grows until what is to go has gone (ICLR 2021, arXiv:2012.09243).
+
+| name    | what gets the growing penalty                                                                         |
+|---------|-------------------------------------------------------------------------------------------------------|
+| greg-1  | the filters with the smallest mean absolute weight, chosen at the start                                |
+| greg-2  | all filters, until the response separates them; then those with the smallest mean absolute weight,     |
+|         | while the others get a small negative penalty                                                          |
+| fix-reg | as greg-1, but the full penalty from the start: the baseline that growing is held against              |
+
+A run has three phases: ``"grow"``, an update of the coefficients every ``update_interval`` steps; ``"stabilize"``,
+``stabilize`` steps with the coefficients as they are; ``"done"``, what was chosen is zeroed and held at zero, ready for
+:func:`fastprune.compact.compact`.  The coefficient is an additional weight decay: it acts on the gradient, behind the
+loss, whatever the optimizer makes of that.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fastprune.graph import Group
+from fastprune.growing import GrowingCoefficients, Growth
+from fastprune.methods.base import register
+from fastprune.methods.magnitude import MagnitudeMethod, MagnitudeOptions, Rows, _enter
+
+
+@dataclass(frozen=True)
+class GrowingOptions(MagnitudeOptions):
+    update_interval: int = 10  # steps between two updates of the coefficients; the authors take 5 on ImageNet
+    stabilize: int = 10000  # steps with the final coefficients before the cut; the authors take 40000 on ImageNet
+    reg_step: float = 1e-4  # what the coefficient grows by
+    reg_limit: float = 1.0  # where it stops growing
+    log_every: int = 0  # updates between two entries of ``log``; 0: none
+
+
+@dataclass(frozen=True)
+class GReg1Options(GrowingOptions):
+    ratio_limit: float = 1000.0  # mean kept over mean cut magnitude at which growing may stop early
+
+
+@dataclass(frozen=True)
+class GReg2Options(GReg1Options):
+    pick_step: float = 1e-5  # growth of all coefficients before the choice
+    pick_limit: float = 1e-2  # coefficient at which the choice is made
+    kept_reg: float = -1e-4  # of what stays, after the choice; the paper has minus the weight decay
+
+
+@dataclass(frozen=True)
+class FixRegOptions(GrowingOptions):
+    fixed_steps: int = 10000
+
+
+class GrowingMethod(MagnitudeMethod):
+    """A method that drives what it will cut to zero before it cuts.
+
+    Attributes:
+        finished: Everything chosen is zero and held there.
+        log: With ``log_every``: dicts of ``step``, ``level`` (layers,), the coefficient of what is cut, ``ratios``
+            (layers,), the running magnitude ratios, and ``magnitudes`` (K,), the mean absolute weight per channel.
+    """
+
+    Options = GrowingOptions
+    kind: ClassVar[str] = "greg-1"
+    picks_later: ClassVar[bool] = False
+
+    def prepare(self) -> None:
+        super().prepare()
+        o = self.options
+        if o.stabilize < 0 or o.log_every < 0:
+            raise ValueError(f"{self.name}: stabilize and log_every must not be negative")
+        self.finished = False
+        self.stable_since = -1  # step in which the coefficients stopped growing
+        self.log: list[dict[str, Any]] = []
+        self._grown = -1  # step of the last look at the coefficients
+        self._chosen = None if self.picks_later else self._choose_now()
+        sizes, cut = self._growing_sizes()
+        wide = any(p.dtype == torch.float64 for p in self.model.parameters())
+        self.growth = GrowingCoefficients(
+            self._schedule(), sizes, None if self.picks_later else cut, np.float64 if wide else np.float32
+        )
+        self._spread_coefficients()
+        if self.growth.finished:  # nothing to cut
+            self.stable_since = 0
+
+    def _schedule(self) -> Growth:
+        o = self.options
+        names = Growth.__dataclass_fields__.keys() & o.__dataclass_fields__.keys()
+        fields = {name: getattr(o, name) for name in names}
+        if self.by_weight or "ratio_limit" not in fields:  # the authors do not look at the ratios of single weights
+            fields["ratio_limit"] = None
+        return Growth(self.kind, **fields)
+
+    # What will be cut
+
+    def _choose_now(self) -> dict[str, Tensor]:
+        return self.weight_masks() if self.by_weight else self.choose(super().scores())
+
+    def keep_masks(self) -> dict[str, Tensor]:
+        """Per group bool (C,), True = keep; before ``greg-2`` has chosen, what it would choose now."""
+        if self.by_weight:
+            return super().keep_masks()
+        chosen = self._chosen if self._chosen is not None else self._choose_now()
+        return {name: mask.clone() for name, mask in chosen.items()}
+
+    def weight_masks(self) -> dict[str, Tensor]:
+        if getattr(self, "_chosen", None) is None or not self.by_weight:
+            return super().weight_masks()
+        return {name: mask.clone() for name, mask in self._chosen.items()}
+
+    def _growing_sizes(self) -> tuple[dict[str, int], np.ndarray]:
+        """Layers that lose something, or may, with their sizes, and what goes; of single weights a number per fate."""
+        chosen = self._chosen if self._chosen is not None else self._choose_now()
+        if self.picks_later:
+            ratios = self.ratio if isinstance(self.ratio, dict) else dict.fromkeys(self.layers(), self.ratio)
+            self._growing = [name for name in chosen if ratios[name.removesuffix(".weight")] > 0]
+        else:
+            self._growing = [name for name, mask in chosen.items() if not mask.all()]
+        if self.by_weight:
+            return dict.fromkeys(self._growing, 2), np.tile([True, False], len(self._growing))
+        return {name: self.groups[name].size for name in self._growing}, self._goes(chosen)
+
+    def _goes(self, keep: dict[str, Tensor]) -> np.ndarray:
+        """What is not kept of the growing layers, bool (K,)."""
+        return np.concatenate([np.zeros(0, bool), *((~keep[name]).numpy() for name in self._growing)])
+
+    # Coefficients
+
+    def _spread_coefficients(self) -> None:
+        """Make the tensors that hold the coefficients of each parameter; ``reg`` refers to them."""
+        dtype = torch.from_numpy(self.growth.reg).dtype
+        device = next(self.model.parameters()).device
+        if self.by_weight:
+            named = dict(self.model.named_parameters())
+            parameters = [named[name] for name in self._growing]
+            flat = torch.zeros(sum(p.numel() for p in parameters), dtype=dtype, device=device)
+            parts = flat.split([p.numel() for p in parameters])
+            self._reg = {p: part.view(p.shape) for p, part in zip(parameters, parts, strict=True)}
+            self._flat, self._keep_flat = flat, None
+            return
+        numbers: dict[tuple[str, int], np.ndarray] = {}
+        base = 0
+        for name in self._growing:
+            group = self.groups[name]
+            for key in self._regularised(group):
+                _enter(numbers, self.model, group, key, base)
+            base += group.size
+        self._reg_rows = [Rows(*key, channel) for key, channel in numbers.items()]
+        self._row_channel = np.concatenate([np.zeros(0, int), *(rows.channel for rows in self._reg_rows)])
+        self._flat = torch.zeros(len(self._row_channel), dtype=dtype, device=device)
+        parts = self._flat.split([len(rows.channel) for rows in self._reg_rows])
+        self._reg = {}
+        for rows, part in zip(self._reg_rows, parts, strict=True):
+            p = self._parameter(rows)
+            self._reg[p] = part.view([-1 if d == rows.dim else 1 for d in range(p.dim())])
+
+    def _regularised(self, group: Group) -> list[tuple[str, int]]:
+        """Dimensions of parameters whose entries along a channel get its coefficient."""
+        return self._where(group)
+
+    def _grow(self) -> None:
+        """The update of this step, if one is due, once."""
+        if self._grown == self.steps or self.finished:
+            return
+        self._grown = self.steps
+        if not self.growth.due(self.steps):
+            return
+        magnitudes = picked = None
+        if not self.by_weight and (self.growth.growth.ratio_limit is not None or self.picks_later):
+            magnitudes = self.magnitudes()
+        if self.growth.cut is None:
+            picked = self._tentative(magnitudes)
+        if magnitudes is not None:
+            magnitudes = self._of_growing(magnitudes)
+        self.growth.update(self.steps, magnitudes, picked)
+        if self.growth.picked_at == self.steps:
+            self._chosen = self._choose_now()
+        self._write_coefficients()
+        if self.growth.finished:
+            self.stable_since = self.steps
+        every = self.options.log_every
+        if every and self.steps // self.options.update_interval % every == 0:
+            entry = {"step": self.steps, "level": self.growth.level.tolist(), "ratios": self.growth.ratios.tolist()}
+            self.log.append(entry | {"magnitudes": None if magnitudes is None else magnitudes.tolist()})
+
+    def _of_growing(self, values: np.ndarray) -> np.ndarray:
+        """(K,) over all groups to those that lose something."""
+        parts = [values[self._bases[name] : self._bases[name] + self.groups[name].size] for name in self._growing]
+        return np.concatenate([np.zeros(0), *parts])
+
+    def _tentative(self, magnitudes: np.ndarray | None) -> np.ndarray:
+        """What would be cut if it were chosen now."""
+        if self.by_weight:
+            return np.tile([True, False], len(self._growing))
+        return self._goes(self.choose(self.split(magnitudes)))
+
+    @torch.no_grad()
+    def _write_coefficients(self) -> None:
+        if not self.by_weight:
+            reg = np.append(self.growth.reg, self.growth.dtype(0))[self._row_channel]  # -1 finds the 0
+            self._flat.copy_(torch.from_numpy(reg))
+        elif self._chosen is None:
+            self._flat.fill_(float(self.growth.level[0]))
+        else:
+            if self._keep_flat is None:
+                self._keep_flat = torch.cat([self._chosen[name].flatten() for name in self._growing])
+            cut, kept = self.growth.reg[:2].tolist()  # all layers alike: nothing stops one before the others
+            self._flat.fill_(cut).masked_fill_(self._keep_flat, kept)
+        self.reg = self._reg
+
+    # A step
+
+    @property
+    def phase(self) -> str:
+        """``"grow"``, ``"stabilize"`` or ``"done"``."""
+        return "done" if self.finished else "grow" if self.stable_since < 0 else "stabilize"
+
+    def after_backward(self) -> None:
+        self._grow()
+
+    def step(
+        self, optimizer: torch.optim.Optimizer, loss: Tensor | None = None, scaler: torch.amp.GradScaler | None = None
+    ) -> None:
+        super().step(optimizer, loss, scaler)
+        if self.phase == "stabilize" and self.steps - 1 - self.stable_since >= self.options.stabilize:
+            self.reg = {}
+            self.cut(optimizer)
+            self.finished = True
+
+    def state_dict(self) -> dict[str, Any]:
+        state = super().state_dict() | {"finished": self.finished, "stable_since": self.stable_since}
+        state |= {"growth": self.growth.state_dict(), "growing": list(self._growing), "log": list(self.log)}
+        chosen = None if self._chosen is None else {name: mask.clone() for name, mask in self._chosen.items()}
+        return state | {"chosen": chosen}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        super().load_state_dict(state)
+        self._chosen = state["chosen"]
+        if self._chosen is not None and self.by_weight:
+            where = {name: w.device for name, w in self.model.named_parameters()}
+            self._chosen = {name: mask.to(where[name]) for name, mask in self._chosen.items()}
+        sizes, cut = self._growing_sizes()
+        if self._growing != state["growing"]:
+            raise ValueError(f"{self.name}: expected the state of layers {self._growing}, got {state['growing']}")
+        self.growth = GrowingCoefficients(self._schedule(), sizes, None if self.picks_later else cut, self.growth.dtype)
+        self.growth.load_state_dict(state["growth"])
+        self.finished, self.stable_since, self.log = state["finished"], state["stable_since"], list(state["log"])
+        self._grown = -1
+        self._spread_coefficients()
+        if self.finished:
+            self.cut()
+        elif self.steps:
+            self._write_coefficients()
+
+
+@register("greg-1")
+class GReg1(GrowingMethod):
+    """Choose first, then push."""
+
+    Options = GReg1Options
+
+
+@register("greg-2")
+class GReg2(GrowingMethod):
+    """Push all, choose by the response, then push on."""
+
+    Options = GReg2Options
+    kind = "greg-2"
+    picks_later = True
+
+
+@register("fix-reg")
+class FixReg(GrowingMethod):
+    """Push at full strength from the start."""
+
+    Options = FixRegOptions
+    kind = "fixed"
