@@ -175,6 +175,21 @@ def orthogonality_penalty(
     return _Penalty.apply(op, name, detached, kind, strides, paddings, norm, scale, *weights)
 
 
+def orthogonality_value_and_grad(
+    weights: Sequence[Tensor],
+    kind: str,
+    references: Sequence[Tensor],
+    strides: Sequence[int],
+    paddings: Sequence[int],
+    norm: bool,
+    backend: str,
+) -> tuple[Tensor, list[Tensor]]:
+    """As :func:`value_and_grad`, of :func:`orthogonality_penalty`; ``paddings`` has two numbers per weight."""
+    if kind == "rows":
+        return _call("gram_penalty", backend, weights, None, [0] * len(weights), 0.0, 1.0, None)
+    return _call("orthogonality_penalty", backend, weights, references, kind, strides, paddings, norm, None)
+
+
 def _scale(op: str, scale: Tensor | Sequence[float] | None, weights: tuple[Tensor, ...]) -> Tensor | None:
     if scale is None:
         return None

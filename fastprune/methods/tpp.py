@@ -1,0 +1,260 @@
+"""Trainability-preserving pruning (ICLR 2023, arXiv:2207.12534) and the orthogonality baselines of its authors.
+
+``tpp`` chooses filters by mean absolute weight at the start.  While their coefficient grows as in greg-1, a penalty on
+the Gram matrices of all layers makes them orthogonal to the filters that stay, and the scale and shift of the norm
+behind them shrink with them.  With A = W as (N, K), G = A A^T and c the growing coefficient, ``scheme`` adds to a loss
+
+| scheme | summed over    | term                                                                                     |
+|--------|----------------|------------------------------------------------------------------------------------------|
+| v5     | layers to cut  | weight c mean (G - T)^2, T = G (no gradient) among kept filters, 0 elsewhere: published    |
+| v5_2   | layers to cut  | weight c mean (G - I)^2, I with zeros for cut filters                                     |
+| v6     | layers to cut  | as v5_2, but kept filters among themselves with ``kept_weight`` in place of weight c      |
+| v3     | layers to cut  | as v5_2, but without c                                                                   |
+| v4     | layers to cut  | v3 + weight mean (A^T A - B^T B)^2, B the weight at the start                             |
+| v2     | all layers     | weight mean (G - I)^2; of A^T where there are fewer filters than input channels          |
+| v1     | all layers     | weight norm(conv(W, W) - I), stride 2, padding 1; as v2 for kernels of one element        |
+
+Then the layers are zeroed one after the other, every ``zero_out_interval`` steps one.
+
+``orth-kernel`` and ``orth-conv`` train with mean (G - I)^2 of all layers (Xie et al., CVPR 2017, arXiv:1703.01827), or
+norm(conv(W, W) - I) (Wang et al., CVPR 2020, arXiv:1911.12207), and choose by mean absolute weight.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastprune import backends
+from fastprune.errors import did_you_mean
+from fastprune.graph import Group
+from fastprune.methods.base import Method, register
+from fastprune.methods.greg import GrowingMethod, GrowingOptions
+from fastprune.methods.magnitude import MagnitudeMethod, MagnitudeOptions
+from fastprune.methods.penalty import penalty_of
+from fastprune.ops.gram_penalty import GramPlan, gram_plan, orthogonality_value_and_grad, value_and_grad
+from fastprune.ratios import layers
+
+SCHEMES = ("v1", "v2", "v3", "v4", "v5", "v5_2", "v6")
+
+
+@dataclass(frozen=True)
+class TPPOptions(GrowingOptions):
+    limit: str = "tpp"
+    scheme: str = "v5"
+    weight: float = 1000.0  # of the penalty on Gram matrices
+    kept_weight: float = 0.1  # of kept filters among themselves, scheme v6
+    weight_reg: bool = True  # the growing coefficient also shrinks weights and biases
+    bn_reg: bool = True  # and scale and shift of the norm behind them
+    zero_out_interval: int = 100  # steps between zeroing one layer and the next; 0: all at the end
+    power: int = 1  # the coefficient grows with this power of the steps
+
+
+@register("tpp")
+class TPP(GrowingMethod):
+    """Decorrelate what goes from what stays, then let it go."""
+
+    Options = TPPOptions
+    kind = "tpp"
+
+    def prepare(self) -> None:
+        o = self.options
+        if o.group != "filter":
+            raise ValueError(f"{self.name}: expected group='filter', got {o.group!r}: Gram matrices are of filters")
+        if o.scheme not in SCHEMES:
+            raise ValueError(f"{self.name}: unknown scheme {o.scheme!r}{did_you_mean(str(o.scheme), SCHEMES)}")
+        self._order = {name: i for i, name in enumerate(layers(self.model))}
+        if o.stabilize < o.zero_out_interval * len(self._order):
+            raise ValueError(
+                f"{self.name}: zeroing {len(self._order)} layers every {o.zero_out_interval} steps takes longer than "
+                f"stabilize={o.stabilize}; raise it, or lower zero_out_interval (0: all at the end)"
+            )
+        self._gram: tuple[list[nn.Parameter], GramPlan] | None = None
+        super().prepare()
+        self._start = [w.detach().clone() for w in self._gram_weights()] if o.scheme == "v4" else []
+
+    def _regularised(self, group: Group) -> list[tuple[str, int]]:
+        o, keys = self.options, []
+        if o.weight_reg:
+            keys += [*super()._regularised(group), *((f"{conv}.bias", 0) for conv in group.convs)]
+        norms = {self.graph.norm_after.get(conv) for conv in group.convs} - {None} if o.bn_reg else ()
+        for norm in sorted(norms):
+            if getattr(self.model.get_submodule(norm), "bound", None):
+                raise ValueError(
+                    f"{self.name}: {norm} bounds its scale by a sigmoid, which no decay brings to 0; "
+                    "use ordinary batch norm, or bn_reg=False"
+                )
+            keys += [(f"{norm}.weight", 0), (f"{norm}.bias", 0)]
+        parameters = dict(self.model.named_parameters())
+        return [key for key in keys if key in group.index and key[0] in parameters]
+
+    # The penalty
+
+    def penalty(self) -> Tensor:
+        """The scheme's term of the loss; its gradients go to ``.grad`` in one call, see ``penalty_of``."""
+        self._grow()  # the coefficient of this step
+        o, level = self.options, float(self.growth.level.max(initial=0.0))
+        if self.finished or not o.weight:
+            return super().penalty()
+        if o.scheme in ("v1", "v2"):
+            return self._all_layers_penalty()
+        parameters, plan = self._gram_plan()
+        with_level = o.scheme in ("v5", "v5_2", "v6")
+        if not parameters or (with_level and not level and o.scheme != "v6"):
+            return super().penalty()
+        weight = o.weight * level if with_level else o.weight
+        if o.scheme == "v6":
+            return _gram_penalty(parameters, plan, weight, o.kept_weight)
+        total = _gram_penalty(parameters, plan, 1.0, 0.0 if o.scheme == "v5" else 1.0, weight)
+        if o.scheme == "v4":
+            total = total + _orthogonality(parameters, "energy", o.weight, references=self._start)
+        return total
+
+    def _all_layers_penalty(self) -> Tensor:
+        """Schemes v1 and v2."""
+        kinds: dict[str, list[nn.Parameter]] = {}
+        for name in layers(self.model):
+            w = self.model.get_submodule(name).weight
+            if self.options.scheme == "v1" and w[0, 0].numel() > 1:
+                kind = "conv"
+            else:
+                kind = "columns" if w.shape[0] < w.shape[1] else "rows"
+            if w.requires_grad:
+                kinds.setdefault(kind, []).append(w)
+        terms = []
+        for kind, ws in kinds.items():
+            strides, paddings = ([2] * len(ws), [1] * 2 * len(ws)) if kind == "conv" else ((), ())
+            terms.append(_orthogonality(ws, kind, self.options.weight, strides=strides, paddings=paddings))
+        return sum(terms[1:], terms[0])
+
+    def _gram_weights(self) -> list[nn.Parameter]:
+        return self._gram_plan()[0]
+
+    def _gram_plan(self) -> tuple[list[nn.Parameter], GramPlan]:
+        """The weights that lose filters, each once, and which; made anew when another state is loaded."""
+        if self._gram is None:
+            keep: dict[nn.Parameter, Tensor] = {}
+            for name in self._growing:
+                for conv in self.groups[name].convs:
+                    w = self.model.get_submodule(conv).weight
+                    index = self.groups[name].index.get((f"{conv}.weight", 0))
+                    if index is not None and w.requires_grad:
+                        stays = keep.setdefault(w, torch.ones(w.shape[0], dtype=torch.bool))
+                        stays[index.position] = self._chosen[name][index.channel]
+            device = next(self.model.parameters()).device
+            self._gram = (list(keep), gram_plan(list(keep.values()), device) if keep else None)
+        return self._gram
+
+    # Zeroing layer by layer
+
+    def step(
+        self, optimizer: torch.optim.Optimizer, loss: Tensor | None = None, scaler: torch.amp.GradScaler | None = None
+    ) -> None:
+        super().step(optimizer, loss, scaler)
+        if self.phase == "stabilize" and self._zeroed() != self._held_layers:
+            self._zero_layers(optimizer)
+
+    def _zeroed(self) -> int:
+        """Of how many layers, in their order, what is cut is zero by now."""
+        every = self.options.zero_out_interval
+        return (self.steps - 1 - self.stable_since) // every if every and self.phase == "stabilize" else 0
+
+    def _zero_layers(self, optimizer: torch.optim.Optimizer | None) -> None:
+        self._held_layers = self._zeroed()
+        keep: dict[Tensor, Tensor] = {}
+        for name in self._growing:
+            if min(self._order[conv] for conv in self.groups[name].convs) >= self._held_layers:
+                continue
+            group = self.groups[name]
+            for tensor, dim in {*super()._regularised(group), *self._regularised(group)}:
+                p, index = self.model.get_parameter(tensor), group.index[tensor, dim]
+                stays = torch.ones(p.shape[dim], dtype=torch.bool)
+                stays[index.position] = self._chosen[name][index.channel]
+                stays = stays.to(p.device).view([-1 if d == dim else 1 for d in range(p.dim())])
+                keep[p] = keep[p] & stays if p in keep else stays
+        self.hold(keep, optimizer)
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._gram = None
+        super().load_state_dict(state)
+        self._held_layers = 0
+        for mine, theirs in zip(self._start, state["start"], strict=True):
+            mine.copy_(theirs)
+        if self._zeroed():
+            self._zero_layers(None)
+
+    def state_dict(self) -> dict[str, Any]:
+        return super().state_dict() | {"start": [w.clone() for w in self._start]}
+
+    _held_layers = 0
+
+
+@dataclass(frozen=True)
+class OrthogonalOptions(MagnitudeOptions):
+    weight: float = 0.1  # of the penalty
+
+
+class _OrthogonalMethod(MagnitudeMethod):
+    Options = OrthogonalOptions
+    form = ""
+
+    def prepare(self) -> None:
+        super().prepare()
+        found = {m.weight: m for m in map(self.model.get_submodule, layers(self.model)) if m.weight.requires_grad}
+        self._penalised = list(found)
+        self._windows: dict[str, list[int]] = {}
+        if self.form == "conv":  # as the layer itself moves, with the paper's padding
+            strides = [getattr(m, "stride", (1,))[0] for m in found.values()]
+            kernels = [w.shape[2:] if w.dim() == 4 else (1, 1) for w in found]
+            paddings = [(k - 1) // s * s for s, kernel in zip(strides, kernels, strict=True) for k in kernel]
+            self._windows = {"strides": strides, "paddings": paddings}
+
+    def penalty(self) -> Tensor:
+        """``weight`` times the distance of all layers from orthogonal ones."""
+        if not self._penalised or not self.options.weight:
+            return Method.penalty(self)
+        return _orthogonality(self._penalised, self.form, self.options.weight, **self._windows)
+
+
+@register("orth-kernel")
+class OrthKernel(_OrthogonalMethod):
+    """Kernel orthogonality: filters orthogonal to one another."""
+
+    form = "rows"
+
+
+@register("orth-conv")
+class OrthConv(_OrthogonalMethod):
+    """Convolutional orthogonality: also to one another's shifts."""
+
+    form = "conv"
+
+
+def _gram_penalty(
+    weights: Sequence[nn.Parameter], plan: GramPlan, cut: float, kept: float, weight: float = 1.0
+) -> Tensor:
+    with torch.no_grad():
+        value, grads = value_and_grad(weights, plan, cut, kept, None, _backend(weights))
+    return penalty_of(value, weights, grads, weight)
+
+
+def _orthogonality(
+    weights: Sequence[nn.Parameter],
+    kind: str,
+    weight: float,
+    references: Sequence[Tensor] = (),
+    strides: Sequence[int] = (),
+    paddings: Sequence[int] = (),
+) -> Tensor:
+    args = kind, references, strides, paddings, kind == "conv"
+    with torch.no_grad():
+        value, grads = orthogonality_value_and_grad(weights, *args, _backend(weights))
+    return penalty_of(value, weights, grads, weight)
+
+
+def _backend(weights: Sequence[nn.Parameter]) -> str:
+    return backends.select("gram_penalty", None, weights[0], tuple(weights))
