@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from operator import attrgetter
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from fastprune.ops.growing_sgd import check_broadcast, launch
+
+Constraints = dict[int, tuple[Tensor, Tensor]]  # id of a parameter to itself and what is asked of it
+KIND = attrgetter("dtype", "device")
 
 
 class GrowingSGD(torch.optim.SGD):
@@ -50,8 +54,8 @@ class GrowingSGD(torch.optim.SGD):
             params, lr, momentum, dampening, weight_decay, nesterov,
             maximize=maximize, foreach=foreach, differentiable=differentiable, fused=fused,
         )  # fmt: skip
-        self._reg: dict[Tensor, Tensor] = {}
-        self._keep: dict[Tensor, Tensor] = {}
+        self._reg: Constraints = {}
+        self._keep: Constraints = {}
 
     def constrain(
         self, reg: Mapping[Tensor, Tensor] | None = None, keep: Mapping[Tensor, Tensor] | None = None
@@ -70,19 +74,22 @@ class GrowingSGD(torch.optim.SGD):
         Raises:
             ValueError: A tensor that is no parameter of this optimizer, or one that does not fit its parameter.
         """
-        known: set[int] | None = None
-        for name, new, old in (("reg", reg or {}, self._reg), ("keep", keep or {}, self._keep)):
-            for p, t in new.items():
-                if old.get(p) is t:
-                    continue
-                known = known or {id(q) for group in self.param_groups for q in group["params"]}
-                if id(p) not in known:
-                    raise ValueError(
-                        f"GrowingSGD.constrain: {name} has a tensor {tuple(p.shape)} that is none of the parameters of "
-                        "this optimizer; add_param_group() it first"
-                    )
-                check_broadcast("GrowingSGD.constrain", name, t, p, mask=name == "keep")
-        self._reg, self._keep = dict(reg or {}), dict(keep or {})
+        self._reg = self._checked("reg", reg or {}, self._reg)
+        self._keep = self._checked("keep", keep or {}, self._keep)
+
+    def _checked(self, name: str, new: Mapping[Tensor, Tensor], old: Constraints) -> Constraints:
+        known: set[int] = set()
+        for p, t in new.items():
+            if id(p) in old and old[id(p)][1] is t:
+                continue
+            known = known or {id(q) for group in self.param_groups for q in group["params"]}
+            if id(p) not in known:
+                raise ValueError(
+                    f"GrowingSGD.constrain: {name} has a tensor {tuple(p.shape)} that is none of the parameters of "
+                    "this optimizer; add_param_group() it first"
+                )
+            check_broadcast("GrowingSGD.constrain", f"{name} of a parameter", t, p, mask=name == "keep")
+        return {id(p): (p, t) for p, t in new.items()}
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
@@ -102,42 +109,48 @@ class GrowingSGD(torch.optim.SGD):
 
     def _step(self, group: dict[str, Any], scale: Tensor | None, found_inf: Tensor | None) -> None:
         """One launch for the parameters of each device and dtype; another for those without a momentum buffer yet."""
-        momentum = float(group["momentum"])
-        calls: dict[tuple, tuple[list[Tensor], list[Tensor], list[Tensor], dict, dict]] = {}
-        for p in group["params"]:
-            grad = p.grad
-            if grad is None:
+        params = [p for p in group["params"] if p.grad is not None]
+        kinds = set(map(KIND, params))
+        for kind in kinds:
+            alike = params if len(kinds) == 1 else [p for p in params if KIND(p) == kind]
+            if not group["momentum"]:
+                self._launch(group, alike, [], False, scale, found_inf)
                 continue
-            if grad.layout != torch.strided:
-                raise ValueError(
-                    f"GrowingSGD: the gradient of a parameter {tuple(p.shape)} is {grad.layout}; expected a dense one "
-                    "(nn.Embedding: sparse=False), or keep such parameters in a torch.optim.SGD of their own"
-                )
-            buffer = self.state[p].get("momentum_buffer") if momentum else None
-            key = (p.device, p.dtype, momentum != 0 and buffer is None)
-            params, grads, momenta, reg, keep = calls.get(key) or calls.setdefault(key, ([], [], [], {}, {}))
-            if p in self._reg:
-                reg[len(params)] = self._reg[p]
-            if p in self._keep:
-                keep[len(params)] = self._keep[p]
-            params.append(p)
-            grads.append(grad)
-            if buffer is not None:
-                momenta.append(buffer)
-        for (device, _, first), (params, grads, momenta, reg, keep) in calls.items():
-            if first:
-                if found_inf is not None and found_inf.item():
-                    continue  # a step that changes nothing makes no buffers either
-                momenta += [torch.empty_like(p) for p in params]
-            scalars = (t if t is None else t.to(device, non_blocking=True) for t in (scale, found_inf))
-            launch(
-                params, grads, momenta, reg, keep, *scalars,
-                float(group["lr"]), momentum, float(group["dampening"]), float(group["weight_decay"]),
-                group["nesterov"], group["maximize"], first,
-            )  # fmt: skip
-            if first:
-                for p, buffer in zip(params, momenta, strict=True):
+            buffers = [self.state[p].get("momentum_buffer") for p in alike]
+            fresh = [p for p, buffer in zip(alike, buffers, strict=True) if buffer is None]
+            if fresh:
+                alike = [p for p, buffer in zip(alike, buffers, strict=True) if buffer is not None]
+                buffers = [buffer for buffer in buffers if buffer is not None]
+            self._launch(group, alike, buffers, False, scale, found_inf)
+            if fresh and (found_inf is None or not found_inf.item()):  # a step that changes nothing makes no buffers
+                buffers = [torch.empty_like(p) for p in fresh]
+                self._launch(group, fresh, buffers, True, scale, found_inf)
+                for p, buffer in zip(fresh, buffers, strict=True):
                     self.state[p]["momentum_buffer"] = buffer
+
+    def _launch(
+        self, group: dict[str, Any], params: list[Tensor], buffers: list[Tensor], first: bool, *scalars: Tensor | None
+    ) -> None:
+        if not params:
+            return
+        grads = [p.grad for p in params]
+        if sparse := [g for g in grads if g.layout != torch.strided]:
+            raise ValueError(
+                f"GrowingSGD: the gradient of a parameter {tuple(sparse[0].shape)} is {sparse[0].layout}; expected a "
+                "dense one (nn.Embedding: sparse=False), or keep such parameters in a torch.optim.SGD of their own"
+            )
+        reg, keep = {}, {}
+        for parts, constraints in ((reg, self._reg), (keep, self._keep)):
+            if constraints:
+                for i, p in enumerate(params):
+                    if id(p) in constraints:
+                        parts[i] = constraints[id(p)][1]
+        launch(
+            params, grads, buffers, reg, keep,
+            *(t if t is None else t.to(params[0].device, non_blocking=True) for t in scalars),
+            float(group["lr"]), float(group["momentum"]), float(group["dampening"]), float(group["weight_decay"]),
+            group["nesterov"], group["maximize"], first,
+        )  # fmt: skip
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)

@@ -280,12 +280,13 @@ MAX_DIMS = 5
 def _refuse(backend: str, x: Tensor, params: list[Tensor], grads: list[Tensor], momenta: list[Tensor]) -> str | None:
     if x.dtype not in _DTYPES[backend]:
         return f"it takes {', '.join(str(d)[6:] for d in _DTYPES[backend])}"
-    for i, p in enumerate(params):
-        if not p.is_contiguous() and not (p.dim() <= MAX_DIMS and _dense(p)):
-            return f"params must be dense, of at most {MAX_DIMS} dimensions; params[{i}] has strides {p.stride()}"
-    strides = [p.stride() for p in params]
+    strides = list(map(Tensor.stride, params))
+    if max(map(len, strides)) > MAX_DIMS or not all(map(Tensor.is_contiguous, params)):
+        for i, p in enumerate(params):
+            if p.dim() > MAX_DIMS or not _dense(p):
+                return f"params must be dense, of at most {MAX_DIMS} dimensions; params[{i}] has strides {p.stride()}"
     for name, tensors in (("grads", grads), ("momenta", momenta)):
-        if tensors and [t.stride() for t in tensors] != strides:
+        if tensors and list(map(Tensor.stride, tensors)) != strides:
             for i, (p, t) in enumerate(zip(params, tensors, strict=True)):
                 if not _alike(p, t):
                     return f"{name}[{i}] must have its parameter's strides, {p.stride()}, got {t.stride()}"
