@@ -39,6 +39,20 @@ inline bool same_shape(const Tensor& a, const Tensor& b) {
   return true;
 }
 
+// channels_last or channels_last_3d without gaps.
+inline bool has_channels_last_rows(const Tensor& w) {
+  if (w.dim() < 4) return false;
+  int64_t dense = w.size(1);
+  bool fits = w.size(1) == 1 || w.stride(1) == 1;
+  const auto next = [&](int64_t d) {
+    fits = fits && (w.size(d) == 1 || w.stride(d) == dense);
+    dense *= w.size(d);
+  };
+  for (int64_t d = w.dim() - 1; d > 1; --d) next(d);
+  next(0);
+  return fits;
+}
+
 }  // namespace fastprune
 
 #define FP_CHECK_DIM(t, n) \

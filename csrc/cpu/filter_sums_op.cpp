@@ -12,26 +12,13 @@
 namespace fastprune {
 namespace {
 
-bool is_channels_last(const Tensor& w) {
-  if (w.dim() < 4) return false;
-  int64_t dense = w.size(1);
-  bool fits = w.size(1) == 1 || w.stride(1) == 1;
-  const auto next = [&](int64_t d) {
-    fits = fits && (w.size(d) == 1 || w.stride(d) == dense);
-    dense *= w.size(d);
-  };
-  for (int64_t d = w.dim() - 1; d > 1; --d) next(d);
-  next(0);
-  return fits;
-}
-
 FilterWeight describe(const Tensor& w, const Tensor& first, int64_t dim) {
   FP_CHECK_CPU(w);
   STD_TORCH_CHECK(w.dim() >= 2 && w.dim() <= 5 && w.scalar_type() == first.scalar_type(),
                   "weights must have 2 to 5 dimensions and one dtype, got ", shape_string(w), " ",
                   torch::headeronly::toString(w.scalar_type()));
   const bool nchw = w.is_contiguous();
-  STD_TORCH_CHECK(nchw || is_channels_last(w), "weights must be contiguous or channels_last without gaps, got shape ",
+  STD_TORCH_CHECK(nchw || has_channels_last_rows(w), "weights must be contiguous or channels_last without gaps, got shape ",
                   shape_string(w), " with strides ", strides_string(w));
   int64_t pixels = 1;
   for (int64_t d = 2; d < w.dim(); ++d) pixels *= w.size(d);

@@ -1,0 +1,62 @@
+#pragma once
+
+#include "parallel.h"
+
+namespace fastprune {
+
+constexpr int64_t kGramBlock = 84;   // rows and columns of a block of a Gram matrix: whole panels on every ISA
+constexpr int64_t kGramStrip = 128;  // columns of a gradient that a task makes
+
+// sum over i, j of weight (G_ij - target_ij)^2, G = A A^T.  The rows of A are wherever `rows` points, in two groups,
+// [0, first) and [first, n); a pair of groups has a weight, and a target on its diagonal.
+struct GramLayer {
+  const void* const* rows;  // (n,), of `width` elements each
+  void* const* grads;       // (n,), likewise; read for [0, grad_rows)
+  int64_t n, first, width, grad_rows;
+  double weight[3], target[3];  // of 0 x 0, 0 x 1 and 1 x 1
+  void* matrix;                 // gram_matrix_size(n) elements: weight (G - target), written where it is needed
+  double factor;                // gradient = factor * matrix * A
+};
+
+constexpr int64_t gram_matrix_size(int64_t n) { return n * (n + 32); }  // panels are 16 rows high at most
+
+// Rows [i, i + rows) x rows [j, j + columns) of G, each within one group; i >= j.
+struct GramBlock {
+  int64_t layer, i, rows, j, columns;
+};
+
+struct GramStrip {
+  int64_t layer, begin, count;
+};
+
+struct GramCall {
+  const GramLayer* layers;
+  const GramBlock* blocks;
+  int64_t block_count;
+  double* sums;  // (block_count,): a block's share of the value
+  const GramStrip* strips;
+  int64_t strip_count;
+  void* scratch;  // (workers, scratch_size) elements, scratch_size >= n * kGramStrip
+  int64_t scratch_size, workers;
+  bool is_double;
+  ParallelFor parallel_for;
+};
+
+namespace base {
+void gram_blocks(const GramCall&);
+void gram_strips(const GramCall&);
+}  // namespace base
+namespace avx2 {
+void gram_blocks(const GramCall&);
+void gram_strips(const GramCall&);
+}  // namespace avx2
+namespace avx512 {
+void gram_blocks(const GramCall&);
+void gram_strips(const GramCall&);
+}  // namespace avx512
+namespace avx512_bf16 {
+void gram_blocks(const GramCall&);
+void gram_strips(const GramCall&);
+}  // namespace avx512_bf16
+
+}  // namespace fastprune

@@ -1,0 +1,205 @@
+// gram_penalty and orthogonality_penalty: what each asks of which Gram matrix; the arithmetic is in
+// gram_penalty_kernel.cpp.
+#include <torch/csrc/stable/library.h>
+#include <torch/headeronly/util/BFloat16.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <string>
+#include <tuple>
+#include <vector>
+
+#include "gram_penalty.h"
+#include "isa.h"
+#include "tensor.h"
+
+namespace fastprune {
+namespace {
+
+using Penalty = std::tuple<Tensor, std::vector<Tensor>>;
+
+// A term of the value: factor * (sum of weight (G - target)^2 + offset), and what the kernel needs to know of it.
+struct Term {
+  std::vector<const void*> rows;
+  std::vector<void*> grads;
+  int64_t first, width, grad_rows;
+  double weight[3], target[3], factor, offset;
+};
+
+// Weights as (N, K) matrices, in float or double; bfloat16 is widened into buffers.
+class Matrices {
+ public:
+  explicit Matrices(const std::vector<Tensor>& weights) {
+    STD_TORCH_CHECK(!weights.empty(), "expected at least one weight, got none");
+    const ScalarType dtype = weights[0].scalar_type();
+    STD_TORCH_CHECK(dtype == ScalarType::Float || dtype == ScalarType::Double || dtype == ScalarType::BFloat16,
+                    "weights must be float32, bfloat16 or float64, got ", torch::headeronly::toString(dtype));
+    is_double = dtype == ScalarType::Double;
+    for (const Tensor& w : weights) {
+      FP_CHECK_CPU(w);
+      STD_TORCH_CHECK(w.dim() >= 2 && w.dim() <= 5 && w.scalar_type() == dtype,
+                      "weights must have 2 to 5 dimensions and one dtype, got ", shape_string(w), " ",
+                      torch::headeronly::toString(w.scalar_type()));
+      STD_TORCH_CHECK(w.is_contiguous() || has_channels_last_rows(w),
+                      "weights must be contiguous or channels_last without gaps, got shape ", shape_string(w),
+                      " with strides ", strides_string(w));
+      data.push_back(static_cast<const char*>(w.data_ptr()));
+      if (dtype == ScalarType::BFloat16) {
+        const auto* from = static_cast<const torch::headeronly::BFloat16*>(w.data_ptr());
+        buffers.push_back(new_tensor({w.numel()}, ScalarType::Float));
+        std::copy(from, from + w.numel(), static_cast<float*>(buffers.back().data_ptr()));
+        data.back() = static_cast<const char*>(buffers.back().data_ptr());
+      }
+    }
+  }
+
+  ScalarType acc() const { return is_double ? ScalarType::Double : ScalarType::Float; }
+  int64_t itemsize() const { return is_double ? 8 : 4; }
+
+  bool is_double;
+  std::vector<const char*> data;
+
+ private:
+  std::vector<Tensor> buffers;
+};
+
+void add_blocks(std::vector<GramBlock>& blocks, int64_t layer, const GramLayer& a) {
+  const int64_t starts[2] = {0, a.first}, ends[2] = {a.first, a.n};
+  for (int gi = 0; gi < 2; ++gi)
+    for (int gj = 0; gj <= gi; ++gj) {
+      if (a.weight[gi + gj] == 0) continue;
+      for (int64_t i = starts[gi]; i < ends[gi]; i += kGramBlock)
+        for (int64_t j = starts[gj]; j < (gi == gj ? i + 1 : ends[gj]); j += kGramBlock)
+          blocks.push_back({layer, i, std::min(kGramBlock, ends[gi] - i), j, std::min(kGramBlock, ends[gj] - j)});
+    }
+}
+
+// Values of the terms, and gradients where they belong; `scale` times the value's gradient.
+std::vector<double> evaluate(const std::vector<Term>& terms, const std::vector<double>& scales, bool is_double) {
+  using Kernel = void (*)(const GramCall&);
+  static const Kernel kernels[kIsaCount][2] = {
+      {&base::gram_blocks, &base::gram_strips},
+#if defined(__x86_64__)
+      {&avx2::gram_blocks, &avx2::gram_strips},
+      {&avx512::gram_blocks, &avx512::gram_strips},
+      {&avx512_bf16::gram_blocks, &avx512_bf16::gram_strips},
+#endif
+  };
+  const ScalarType acc = is_double ? ScalarType::Double : ScalarType::Float;
+  const int64_t itemsize = is_double ? 8 : 4;
+  std::vector<GramLayer> layers;
+  std::vector<GramBlock> blocks;
+  std::vector<GramStrip> strips;
+  int64_t matrices = 0, most = 1;
+  for (const Term& t : terms) {
+    const int64_t n = static_cast<int64_t>(t.rows.size()), index = static_cast<int64_t>(layers.size());
+    GramLayer a{t.rows.data(), t.grads.data(), n, t.first, t.width, t.grad_rows, {}, {}, nullptr, 0};
+    std::copy(t.weight, t.weight + 3, a.weight);
+    std::copy(t.target, t.target + 3, a.target);
+    a.factor = 4 * t.factor * scales[static_cast<size_t>(index)];
+    layers.push_back(a);
+    const size_t before = blocks.size();
+    if (t.width > 0) add_blocks(blocks, index, a);
+    if (blocks.size() == before) {  // nothing to do: no gradient either
+      for (int64_t i = 0; i < t.grad_rows; ++i)
+        std::memset(t.grads[static_cast<size_t>(i)], 0, static_cast<size_t>(t.width * itemsize));
+      continue;
+    }
+    matrices += gram_matrix_size(n);
+    most = std::max(most, n);
+    for (int64_t k = 0; k < t.width; k += kGramStrip) strips.push_back({index, k, std::min(kGramStrip, t.width - k)});
+  }
+  std::vector<double> sums(blocks.size()), values;
+  const int64_t tasks = static_cast<int64_t>(std::max(blocks.size(), strips.size()));
+  const int64_t workers = std::min<int64_t>(tasks, torch::stable::get_num_threads());
+  const int64_t size = most * kGramStrip;
+  const Tensor scratch = new_tensor({matrices + workers * size}, acc);
+  char* next = static_cast<char*>(scratch.data_ptr());
+  const GramCall call{layers.data(), blocks.data(), static_cast<int64_t>(blocks.size()),
+                      sums.data(),   strips.data(), static_cast<int64_t>(strips.size()),
+                      next,          size,          workers,
+                      is_double,     run_parallel};
+  next += workers * size * itemsize;
+  std::vector<char> busy(layers.size());
+  for (const GramBlock& b : blocks) busy[static_cast<size_t>(b.layer)] = 1;
+  for (size_t i = 0; i < layers.size(); ++i)
+    if (busy[i]) layers[i].matrix = next, next += gram_matrix_size(layers[i].n) * itemsize;
+  const auto& kernel = kernels[cpu_isa()];
+  if (tasks > 0) {
+    kernel[0](call);
+    kernel[1](call);
+  }
+  for (const Term& t : terms) values.push_back(t.offset);
+  for (size_t i = 0; i < blocks.size(); ++i) values[static_cast<size_t>(blocks[i].layer)] += sums[i];
+  for (size_t i = 0; i < terms.size(); ++i) values[i] *= terms[i].factor;
+  return values;
+}
+
+std::vector<double> read_scale(const std::optional<Tensor>& scale, size_t count, ScalarType acc) {
+  if (!scale) return std::vector<double>(count, 1.0);
+  FP_CHECK_CPU(*scale);
+  STD_TORCH_CHECK(scale->dim() == 1 && scale->numel() == static_cast<int64_t>(count) && scale->is_contiguous() &&
+                      scale->scalar_type() == acc,
+                  "scale must have one number per weight in the accumulation dtype, got ", shape_string(*scale), " ",
+                  torch::headeronly::toString(scale->scalar_type()));
+  std::vector<double> scales(count);
+  for (size_t i = 0; i < count; ++i)
+    scales[i] = acc == ScalarType::Double ? static_cast<const double*>(scale->data_ptr())[i]
+                                          : static_cast<double>(static_cast<const float*>(scale->data_ptr())[i]);
+  return scales;
+}
+
+Tensor total(const std::vector<double>& values, const std::vector<double>& scales, ScalarType acc) {
+  const Tensor value = new_strided(0, nullptr, nullptr, acc);
+  double sum = 0;
+  for (size_t i = 0; i < values.size(); ++i) sum += values[i] * scales[i];
+  if (acc == ScalarType::Double)
+    *static_cast<double*>(value.data_ptr()) = sum;
+  else
+    *static_cast<float*>(value.data_ptr()) = static_cast<float>(sum);
+  return value;
+}
+
+Penalty gram_penalty(const std::vector<Tensor>& weights, const std::optional<Tensor>& order,
+                     const std::vector<int64_t>& cuts, double cut, double kept, const std::optional<Tensor>& scale) {
+  const Matrices a(weights);
+  STD_TORCH_CHECK(cuts.size() == weights.size(), "expected one count of cut channels per weight, got ", cuts.size(),
+                  " for ", weights.size());
+  const std::vector<double> scales = read_scale(scale, weights.size(), a.acc());
+  const int32_t* next = nullptr;
+  if (order) {
+    FP_CHECK_CPU(*order);
+    int64_t rows = 0;
+    for (const Tensor& w : weights) rows += w.size(0);
+    STD_TORCH_CHECK(order->scalar_type() == ScalarType::Int && order->is_contiguous() && order->numel() == rows,
+                    "order must be int32, one for each of ", rows, " channels, got ", shape_string(*order), " ",
+                    torch::headeronly::toString(order->scalar_type()));
+    next = static_cast<const int32_t*>(order->data_ptr());
+  }
+  std::vector<Term> terms;
+  std::vector<Tensor> grads;
+  for (size_t l = 0; l < weights.size(); ++l) {
+    const Tensor& w = weights[l];
+    const int64_t n = w.size(0), width = n ? w.numel() / n : 0, squares = std::max<int64_t>(n * n, 1);
+    STD_TORCH_CHECK(cuts[l] >= 0 && cuts[l] <= n, "expected from 0 to ", n, " cut channels, got ", cuts[l]);
+    grads.push_back(new_strided(w.dim(), w.sizes().data(), w.strides().data(), a.acc()));
+    terms.push_back({{}, {}, cuts[l], width, n, {cut, cut, kept}, {0, 0, 1}, 1.0 / static_cast<double>(squares), 0});
+    Term& t = terms.back();
+    char* grad = static_cast<char*>(grads.back().data_ptr());
+    for (int64_t i = 0; i < n; ++i) {
+      const int64_t row = next ? *next++ : i;
+      STD_TORCH_CHECK(row >= 0 && row < n, "order must hold rows from 0 to ", n - 1, ", got ", row);
+      t.rows.push_back(a.data[l] + row * width * a.itemsize());
+      t.grads.push_back(grad + row * width * a.itemsize());
+    }
+    if (width == 0) t.offset = kept * static_cast<double>(n - cuts[l]);  // G = 0
+  }
+  const std::vector<double> values = evaluate(terms, scales, a.is_double);
+  return {total(values, scales, a.acc()), grads};
+}
+
+STABLE_TORCH_LIBRARY_IMPL(fastprune, CPU, m) { m.impl("gram_penalty.cpp", TORCH_BOX(&gram_penalty)); }
+
+}  // namespace
+}  // namespace fastprune
