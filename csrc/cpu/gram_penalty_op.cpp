@@ -27,6 +27,12 @@ struct Term {
   double weight[3], target[3], factor, offset;
 };
 
+int64_t width_of(const Tensor& w) {
+  int64_t width = 1;
+  for (int64_t d = 1; d < w.dim(); ++d) width *= w.size(d);
+  return width;
+}
+
 // Weights as (N, K) matrices, in float or double; bfloat16 is widened into buffers.
 class Matrices {
  public:
@@ -181,7 +187,7 @@ Penalty gram_penalty(const std::vector<Tensor>& weights, const std::optional<Ten
   std::vector<Tensor> grads;
   for (size_t l = 0; l < weights.size(); ++l) {
     const Tensor& w = weights[l];
-    const int64_t n = w.size(0), width = n ? w.numel() / n : 0, squares = std::max<int64_t>(n * n, 1);
+    const int64_t n = w.size(0), width = width_of(w), squares = std::max<int64_t>(n * n, 1);
     STD_TORCH_CHECK(cuts[l] >= 0 && cuts[l] <= n, "expected from 0 to ", n, " cut channels, got ", cuts[l]);
     grads.push_back(new_strided(w.dim(), w.sizes().data(), w.strides().data(), a.acc()));
     terms.push_back({{}, {}, cuts[l], width, n, {cut, cut, kept}, {0, 0, 1}, 1.0 / static_cast<double>(squares), 0});
@@ -199,7 +205,196 @@ Penalty gram_penalty(const std::vector<Tensor>& weights, const std::optional<Ten
   return {total(values, scales, a.acc()), grads};
 }
 
-STABLE_TORCH_LIBRARY_IMPL(fastprune, CPU, m) { m.impl("gram_penalty.cpp", TORCH_BOX(&gram_penalty)); }
+template <class F>
+void each_row(int64_t n, const F& f) {
+  parallel_for(run_parallel, n, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) f(i);
+  });
+}
+
+Term of_all_rows(const char* rows, char* grads, int64_t n, int64_t width, int64_t itemsize) {
+  Term t{{}, {}, n, width, n, {1, 1, 1}, {1, 1, 1}, 1, 0};
+  for (int64_t i = 0; i < n; ++i) {
+    t.rows.push_back(rows + i * width * itemsize);
+    t.grads.push_back(grads + i * width * itemsize);
+  }
+  return t;
+}
+
+template <class T>
+void transpose(const T* from, T* to, int64_t rows, int64_t columns) {  // to is (columns, rows)
+  constexpr int64_t kSide = 16;
+  each_row((columns + kSide - 1) / kSide, [&](int64_t block) {
+    const int64_t begin = block * kSide, end = std::min(columns, begin + kSide);
+    for (int64_t i = 0; i < rows; i += kSide)
+      for (int64_t j = begin; j < end; ++j)
+        for (int64_t r = i; r < std::min(rows, i + kSide); ++r) to[j * rows + r] = from[r * columns + j];
+  });
+}
+
+// Sum over K x K of (A^T A - I)^2: for the wide A through A A^T, which has the same eigenvalues but K - N zeros.
+template <class T>
+double columns(const T* a, T* grad, int64_t n, int64_t width, double scale) {
+  const double factor = 1.0 / static_cast<double>(std::max<int64_t>(width * width, 1));
+  const bool wide = n <= width;
+  const ScalarType acc = sizeof(T) == 8 ? ScalarType::Double : ScalarType::Float;
+  const Tensor turned = new_tensor({wide ? 0 : 2 * n * width}, acc);
+  T* rows = wide ? const_cast<T*>(a) : static_cast<T*>(turned.data_ptr());
+  T* grads = wide ? grad : rows + n * width;
+  if (!wide) transpose(a, rows, n, width);
+  std::vector<Term> terms = {of_all_rows(reinterpret_cast<const char*>(rows), reinterpret_cast<char*>(grads),
+                                         wide ? n : width, wide ? width : n, sizeof(T))};
+  terms[0].factor = factor;
+  terms[0].offset = wide ? static_cast<double>(width - n) : 0;
+  const double value = evaluate(terms, {scale}, sizeof(T) == 8)[0];
+  if (!wide) transpose(grads, grad, width, n);
+  return value;
+}
+
+// Sum over K x K of (A^T A - B^T B)^2: G of the rows of A and B, the blocks of A with B counted negative.
+double energy(const char* a, const char* b, char* grad, int64_t n, int64_t width, double scale, bool is_double) {
+  const int64_t itemsize = is_double ? 8 : 4;
+  std::vector<Term> terms = {of_all_rows(a, grad, n, width, itemsize)};
+  Term& t = terms[0];
+  for (int64_t i = 0; i < n; ++i) t.rows.push_back(b + i * width * itemsize);
+  t.weight[1] = -1;
+  std::fill(t.target, t.target + 3, 0);
+  t.factor = 1.0 / static_cast<double>(std::max<int64_t>(width * width, 1));
+  return evaluate(terms, {scale}, is_double)[0];
+}
+
+struct Kernel {  // of a convolution; rows are (channels, height, width), or (height, width, channels)
+  int64_t channels, height, width;
+  bool channels_last;
+  int64_t at(int64_t c, int64_t y, int64_t x) const {
+    return channels_last ? (y * width + x) * channels + c : (c * height + y) * width + x;
+  }
+};
+
+// Sum of (conv2d(W, W) - T)^2, pixel by pixel of the output: there it is L R^T, R being the part of the kernel that
+// the shifted kernel overlaps and L the part of the shifted one.  Pixels on opposite sides of the centre are
+// transposes of each other.
+template <class T>
+double conv(const T* w, T* grad, int64_t n, const Kernel& kernel, int64_t stride, const int64_t* padding, bool norm,
+            double scale) {
+  const int64_t size = kernel.channels * kernel.height * kernel.width;
+  const int64_t height = 2 * padding[0] / stride + 1, width = 2 * padding[1] / stride + 1;
+  const bool mirrored = 2 * padding[0] % stride == 0 && 2 * padding[1] % stride == 0;
+  const ScalarType acc = sizeof(T) == 8 ? ScalarType::Double : ScalarType::Float;
+  const Tensor buffer = new_tensor({4 * n * size}, acc);
+  T* const parts[2] = {static_cast<T*>(buffer.data_ptr()), static_cast<T*>(buffer.data_ptr()) + n * size};
+  std::fill(grad, grad + n * size, T(0));
+  double value = 0;
+  for (int64_t pixel = 0; pixel < height * width; ++pixel) {
+    const int64_t py = pixel / width, px = pixel % width, opposite = height * width - 1 - pixel;
+    const int64_t dy = py * stride - padding[0], dx = px * stride - padding[1];
+    if (mirrored && opposite < pixel) break;
+    const int64_t centre = height / 2 * width + width / 2;
+    const bool self = dy == 0 && dx == 0, pair = mirrored && !self;
+    const double target = pixel == centre, other = pair && opposite == centre;
+
+    std::vector<int64_t> places[2];  // elements of L and of R
+    for (int64_t c = 0; c < kernel.channels; ++c)
+      for (int64_t y = std::max<int64_t>(0, -dy); y < std::min(kernel.height, kernel.height - dy); ++y)
+        for (int64_t x = std::max<int64_t>(0, -dx); x < std::min(kernel.width, kernel.width - dx); ++x) {
+          places[0].push_back(kernel.at(c, y + dy, x + dx));
+          places[1].push_back(kernel.at(c, y, x));
+        }
+    const int64_t count = static_cast<int64_t>(places[0].size());
+    const int sides = self ? 1 : 2;
+    if (count == 0) {
+      value += static_cast<double>(n) * (target + other);
+      continue;
+    }
+    each_row(n, [&](int64_t i) {
+      for (int side = 0; side < sides; ++side)
+        for (int64_t k = 0; k < count; ++k)
+          parts[side][i * count + k] = w[i * size + places[side][static_cast<size_t>(k)]];
+    });
+    T* const grads[2] = {parts[0] + 2 * n * size, parts[1] + 2 * n * size};
+    std::vector<Term> terms = {
+        of_all_rows(reinterpret_cast<const char*>(parts[0]), reinterpret_cast<char*>(grads[0]), n, count, sizeof(T))};
+    Term& t = terms[0];
+    if (self) {
+      t.target[0] = target;
+    } else {
+      for (int64_t i = 0; i < n; ++i) {
+        t.rows.push_back(parts[1] + i * count);
+        t.grads.push_back(grads[1] + i * count);
+      }
+      t.grad_rows = 2 * n;
+      t.weight[0] = t.weight[2] = 0;
+      t.weight[1] = pair ? 1 : 0.5;
+      t.target[1] = pair ? (target + other) / 2 : target;  // the mean of both, and what that leaves out
+      t.offset = pair ? static_cast<double>(n) * (target - other) * (target - other) / 2 : 0;
+    }
+    value += evaluate(terms, {1.0}, sizeof(T) == 8)[0];
+    each_row(n, [&](int64_t i) {
+      for (int side = 0; side < sides; ++side)
+        for (int64_t k = 0; k < count; ++k)
+          grad[i * size + places[side][static_cast<size_t>(k)]] += grads[side][i * count + k];
+    });
+  }
+  if (norm) {
+    value = std::sqrt(value);
+    scale = value > 0 ? scale / (2 * value) : 0;
+  }
+  if (scale != 1) std::transform(grad, grad + n * size, grad, [&](T g) { return g * static_cast<T>(scale); });
+  return value;
+}
+
+Penalty orthogonality_penalty(const std::vector<Tensor>& weights, const std::vector<Tensor>& references,
+                              const std::string& kind, const std::vector<int64_t>& strides,
+                              const std::vector<int64_t>& paddings, bool norm, const std::optional<Tensor>& scale) {
+  const bool is_conv = kind == "conv", is_energy = kind == "energy";
+  STD_TORCH_CHECK(is_conv || is_energy || kind == "columns", "kind must be 'columns', 'energy' or 'conv', got '", kind,
+                  "'");
+  STD_TORCH_CHECK(references.size() == (is_energy ? weights.size() : 0),
+                  "expected a reference per weight with 'energy'"
+                  " and none else, got ",
+                  references.size());
+  STD_TORCH_CHECK(strides.size() == (is_conv ? weights.size() : 0) && paddings.size() == 2 * strides.size(),
+                  "expected a stride and two paddings per weight with 'conv' and none else, got ", strides.size(),
+                  " and ", paddings.size());
+  std::vector<Tensor> all = weights;
+  all.insert(all.end(), references.begin(), references.end());
+  const Matrices a(all);
+  const std::vector<double> scales = read_scale(scale, weights.size(), a.acc());
+  std::vector<double> values;
+  std::vector<Tensor> grads;
+  for (size_t l = 0; l < weights.size(); ++l) {
+    const Tensor& w = weights[l];
+    const int64_t n = w.size(0), width = width_of(w);
+    grads.push_back(new_strided(w.dim(), w.sizes().data(), w.strides().data(), a.acc()));
+    char* grad = static_cast<char*>(grads.back().data_ptr());
+    const auto* wide = reinterpret_cast<const double*>(a.data[l]);
+    const auto* narrow = reinterpret_cast<const float*>(a.data[l]);
+    if (is_energy) {
+      FP_CHECK_LIKE(references[l], w);
+      values.push_back(energy(a.data[l], a.data[weights.size() + l], grad, n, width, scales[l], a.is_double));
+    } else if (is_conv) {
+      STD_TORCH_CHECK(w.dim() == 2 || w.dim() == 4, "'conv' takes weights of 2 or 4 dimensions, got ", shape_string(w));
+      STD_TORCH_CHECK(strides[l] > 0 && paddings[2 * l] >= 0 && paddings[2 * l + 1] >= 0,
+                      "expected strides from 1 and paddings from 0 on, got ", strides[l], ", ", paddings[2 * l],
+                      " and ", paddings[2 * l + 1]);
+      const bool linear = w.dim() == 2;
+      const Kernel kernel{w.size(1), linear ? 1 : w.size(2), linear ? 1 : w.size(3), !w.is_contiguous()};
+      const int64_t* padding = paddings.data() + 2 * l;
+      values.push_back(
+          a.is_double ? conv(wide, reinterpret_cast<double*>(grad), n, kernel, strides[l], padding, norm, scales[l])
+                      : conv(narrow, reinterpret_cast<float*>(grad), n, kernel, strides[l], padding, norm, scales[l]));
+    } else {
+      values.push_back(a.is_double ? columns(wide, reinterpret_cast<double*>(grad), n, width, scales[l])
+                                   : columns(narrow, reinterpret_cast<float*>(grad), n, width, scales[l]));
+    }
+  }
+  return {total(values, scales, a.acc()), grads};
+}
+
+STABLE_TORCH_LIBRARY_IMPL(fastprune, CPU, m) {
+  m.impl("gram_penalty.cpp", TORCH_BOX(&gram_penalty));
+  m.impl("orthogonality_penalty.cpp", TORCH_BOX(&orthogonality_penalty));
+}
 
 }  // namespace
 }  // namespace fastprune

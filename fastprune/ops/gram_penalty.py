@@ -193,7 +193,7 @@ def orthogonality_value_and_grad(
 def _scale(op: str, scale: Tensor | Sequence[float] | None, weights: tuple[Tensor, ...]) -> Tensor | None:
     if scale is None:
         return None
-    acc = torch.promote_types(weights[0].dtype, torch.float32)
+    acc = _acc(weights[0])
     if isinstance(scale, Tensor):
         scale = scale.detach()
     else:
@@ -287,7 +287,11 @@ def _eager_orthogonality(
     values, grads = [], []
     for i, w in enumerate(weights):
         if kind == "conv":
-            w4 = w.to(torch.promote_types(w.dtype, torch.float32))
+            if not w.numel():  # conv2d takes no empty weights; the distance is that of 0 from the target
+                values.append(w.new_full((), w.shape[0] ** (0.5 if norm else 1), dtype=_acc(w)))
+                grads.append(torch.empty_like(w, dtype=_acc(w)))
+                continue
+            w4 = w.to(_acc(w))
             w4 = w4 if w.dim() == 4 else w4[:, :, None, None]
             s, p = strides[i], tuple(paddings[2 * i : 2 * i + 2])
             distance = F.conv2d(w4, w4, stride=s, padding=p)
@@ -316,7 +320,11 @@ def _eager_orthogonality(
 
 
 def _matrix(w: Tensor) -> Tensor:
-    return w.reshape(w.shape[0], math.prod(w.shape[1:])).to(torch.promote_types(w.dtype, torch.float32))
+    return w.reshape(w.shape[0], math.prod(w.shape[1:])).to(_acc(w))
+
+
+def _acc(w: Tensor) -> torch.dtype:
+    return torch.promote_types(w.dtype, torch.float32)
 
 
 def _like(grad: Tensor, w: Tensor) -> Tensor:
@@ -334,7 +342,7 @@ def _add_up(values: list[Tensor], grads: list[Tensor], scale: Tensor | None) -> 
 
 
 def _fake(backend: str, weights: list[Tensor], *args: object) -> tuple[Tensor, list[Tensor]]:
-    acc = torch.promote_types(weights[0].dtype, torch.float32)
+    acc = _acc(weights[0])
     return weights[0].new_empty((), dtype=acc), [torch.empty_like(w, dtype=acc) for w in weights]
 
 
