@@ -1,8 +1,10 @@
-"""flops against the published networks (tests/golden/flops_reference.json) and against the definition."""
+"""flops against the published networks and commands (tests/golden/flops_reference.json) and against the definition."""
 
 from __future__ import annotations
 
+import copy
 import json
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -13,8 +15,10 @@ from torch import nn
 from fastprune import models
 from fastprune.compact import compact
 from fastprune.flops import flops
-from fastprune.graph import trace
-from fastprune.select import keep_masks
+from fastprune.graph import ChannelGraph, trace
+from fastprune.ratios import layers, left_alone, resolve, skipped
+from fastprune.select import keep_masks, number_removed, pick
+from fastprune.surgery import shrink
 
 REFERENCE = json.loads((Path(__file__).parent / "golden" / "flops_reference.json").read_text())
 
@@ -55,6 +59,84 @@ def test_what_a_uniform_ratio_leaves(row):
     assert [int(k.sum()) for k in keep.values()] == row["kept_per_bn"]
     report = flops(compact(model, keep, x, check=False), x)
     assert (report["macs"], report["params"]) == (row["macs"], row["params_total"])
+
+
+def vgg19() -> nn.Module:
+    """GReg's VGG-19: convolutions without bias, global average pool, one linear layer."""
+    plan = (64, 64, "M", 128, 128, "M", *[256] * 4, "M", *[512] * 4, "M", *[512] * 4)
+    model = models.vgg.VGG(plan, nn.AdaptiveAvgPool2d(1), num_classes=100, in_channels=3, bound=None)
+    for m in model.features:
+        if isinstance(m, nn.Conv2d):
+            m.bias = None
+    return model
+
+
+NETWORKS = {
+    "resnet56": (lambda: models.create("resnet56"), 32),
+    "vgg19": (vgg19, 32),
+    "resnet34": (torchvision.models.resnet34, 224),
+    "resnet50": (torchvision.models.resnet50, 224),
+}
+
+
+@cache
+def dense(name: str) -> tuple[nn.Module, ChannelGraph, torch.Tensor]:
+    """A published network, its graph and an input; ``copy`` it before cutting."""
+    make, size = NETWORKS[name]
+    model = make()
+    return model, trace(model, torch.zeros(2, 3, 32, 32)), torch.zeros(1, 3, size, size)
+
+
+def written(spec: list | dict | str) -> str:
+    """A ratio as the READMEs write it: ``[0,0.5,0]``, ``*layer*.conv1:0.9`` or ``[1-15:0.5]``."""
+    if isinstance(spec, dict):
+        return ",".join(f"{pattern}:{ratio}" for pattern, ratio in spec.items())
+    return spec if isinstance(spec, str) else f"[{','.join(map(str, spec))}]"
+
+
+@pytest.mark.parametrize("row", REFERENCE["commands"], ids=lambda r: f"{r['model']}-{written(r['spec']['stage_pr'])}")
+def test_published_commands(row):
+    """Each ratio of the READMEs of GReg and TPP: channels of every layer, MACs and parameters, exactly."""
+    model, graph, x = dense(row["model"])
+    names = [name for name, group in graph.groups.items() if not group.coupled]
+    spec = row["spec"]
+    ratios = resolve(written(spec["stage_pr"]), model, names, reasons=left_alone(graph, names))
+    skip = spec.get("skip_layers")
+    ratios |= dict.fromkeys(skipped(written(skip), model, names) if skip else (), 0.0)
+    # the mean magnitude of each filter; TPP's limit differs from GReg's only in layers of 200 channels and more
+    rows = {name: model.get_submodule(name).weight.detach().abs().flatten(1).mean(1) for name in names}
+    limit = "tpp" if row["source"].startswith("TPP") else "greg"
+    keep = {name: pick(rows[name], ratio, limit=limit) for name, ratio in ratios.items()}
+    small = copy.deepcopy(model)
+    shrink(small, graph.kept(keep), None)
+    report = flops(small, x)
+    assert list(layers_of(report).values()) == in_running_order(report, row["layers"])
+    assert (report["macs"], report["params"]) == (row["macs"], row["params_total"])
+    assert sum(layer["params"] for layer in report["layers"]) == row["params_convfc"]
+
+
+def in_running_order(report, expected: dict[str, list[int]]) -> list[list[int]]:
+    """By torchvision's names where they are the same; else our networks have the authors' order of layers."""
+    names = [layer["name"] for layer in report["layers"]]
+    return [expected[name] for name in names] if set(names) == set(expected) else list(expected.values())
+
+
+def test_all_published_commands_are_there():
+    assert len(REFERENCE["commands"]) == 30
+    assert {row["model"] for row in REFERENCE["commands"]} == set(NETWORKS)
+
+
+def test_published_unstructured_command():
+    """Weight by weight every convolution and linear layer counts, shortcuts too: only the numbers, no network."""
+    row = REFERENCE["unstructured_resnet50_0.827"]
+    model, _, _ = dense("resnet50")
+    ratios = resolve("[0,0.827,0.827,0.827,0.827,0.827]", model, layers(model))
+    sizes = {name: model.get_submodule(name).weight.numel() for name in ratios}
+    zeroed = {name: number_removed(ratio, sizes[name]) for name, ratio in ratios.items()}
+    assert {name: [sizes[name], zeroed[name]] for name in sizes} == row["per_layer_numel_zeroed"]
+    assert (
+        (sum(sizes.values()), sum(zeroed.values())) == (row["conv_fc_weights"], row["zeroed"]) == (25502912, 21083162)
+    )
 
 
 class Odd(nn.Module):
