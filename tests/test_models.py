@@ -10,8 +10,9 @@ import pytest
 import torch
 from torch import nn
 
-from fastprune import compact, graph, models
+from fastprune import compact, flops, graph, models
 from fastprune import nn as fpnn
+from fastprune.train import from_scratch
 
 COSTS = json.loads((Path(__file__).parent / "golden" / "flops_reference.json").read_text())
 REFERENCE = COSTS["unpruned"]
@@ -24,6 +25,9 @@ CASES = [
     ("resnet56-rni", 100, None, "resnet56_cifar100"),
     ("resnet56-rni", 10, "sigmoid", "resnet56_cifar10_rni_sigbn"),
     ("resnet56", 10, None, "resnet56_cifar10"),
+    ("resnet56", 100, None, "resnet56_cifar100"),
+    ("vgg19", 10, None, "vgg19_cifar10_greg"),
+    ("vgg19", 100, None, "vgg19_cifar100_greg"),
     ("wrn-40-2", 10, None, "wrn_40_2"),
     ("densenet-bc-100", 10, None, "densenet_bc_100_12"),
     ("resnet34", 1000, None, "resnet34_imagenet"),
@@ -63,6 +67,12 @@ def test_parameters_and_macs_are_the_authors(name, classes, bound, key):
     assert sum(p.numel() for p in model.parameters()) == ref["params_total"]
     assert sum(p.numel() for m in weighted for p in m.parameters()) == ref["params_convfc"]
     assert layers == list(ref["layers"].values())
+
+
+@pytest.mark.parametrize("name, classes, key", [c[:2] + c[3:] for c in CASES if c[0] in ("resnet56", "vgg19")])
+def test_flops_counts_the_same(name, classes, key):
+    ours, ref = flops(models.create(name, num_classes=classes), torch.zeros(1, 3, 32, 32)), REFERENCE[key]
+    assert (ours["macs"], ours["params"]) == (ref["macs"], ref["params_total"])
 
 
 def family(key):
@@ -195,6 +205,57 @@ def test_initialisation_is_rnis(name, bound):
             assert abs(m.weight.std() / 0.01 - 1) < 0.2 and not m.bias.any()
 
 
+@pytest.mark.parametrize("name, options", [("resnet20", {}), ("resnet110", {}), ("vgg19", {"width": 0.5})])
+def test_gregs_initialisation_is_kaiming_normal_by_fan_in(name, options):
+    model = models.create(name, **options)
+    assert all((m.weight == 1).all() and not m.bias.any() for m in model.modules() if type(m) is nn.BatchNorm2d)
+    for m in model.modules():
+        if isinstance(m, nn.Conv2d | nn.Linear) and m.weight.numel() > 600:
+            std = math.sqrt(2 / m.weight[0].numel())
+            assert abs(m.weight.std() / std - 1) < 6 / math.sqrt(2 * m.weight.numel())
+
+
+def test_resnets_have_the_depth_of_their_name():
+    with torch.device("meta"):
+        for depth in (20, 56, 110):
+            model = models.create(f"resnet{depth}", in_channels=1)
+            assert sum(isinstance(m, nn.Conv2d | nn.Linear) for m in model.modules()) == depth
+            assert model(torch.empty(2, 1, 28, 28)).shape == (2, 10)
+
+
+def test_vgg19_takes_a_width():
+    with torch.device("meta"):
+        model = models.create("vgg19", width=0.25, in_channels=1)
+        assert model(torch.empty(2, 1, 32, 32)).shape == (2, 10)
+    convs = [m for m in model.modules() if isinstance(m, nn.Conv2d)]
+    assert [m.out_channels for m in convs] == [16] * 2 + [32] * 2 + [64] * 4 + [128] * 8
+    assert all(m.bias is None for m in convs)
+
+
+def test_the_linear_network_is_tpps():
+    model = models.create("mlp-7-linear")
+    assert [tuple(p.shape) for p in model.parameters() if p.dim() == 2] == [(100, 784), *[(100, 100)] * 5, (10, 100)]
+    a, b = torch.randn(2, 3, 1, 28, 28)
+    torch.testing.assert_close(model(2 * a - b), 2 * model(a) - model(b))  # affine
+    bent = models.create("mlp-7-linear", act="relu")
+    assert sum(isinstance(m, nn.ReLU) for m in bent.modules()) == 6
+    assert (bent(2 * a - b) - 2 * bent(a) + bent(b)).abs().max() > 1e-3
+
+
+def test_orthogonal_layers_pass_the_gradient_unchanged():
+    options = {"in_features": 12, "hidden": 8, "depth": 4, "num_classes": 5}
+    model = models.create("mlp-7-linear", **options, orthogonal=True)
+    jacobian = model(torch.eye(12)) - model(torch.zeros(1, 12))
+    torch.testing.assert_close(torch.linalg.svdvals(jacobian), torch.ones(5))
+    again = from_scratch(model, seed=1)  # the model knows how it was initialised
+    assert not torch.equal(again.layers[1].weight, model.layers[1].weight)
+    torch.testing.assert_close(again.layers[1].weight @ again.layers[1].weight.T, torch.eye(8))
+    with pytest.raises(ValueError, match="act must be 'linear' or 'relu', got 'tanh'"):
+        models.create("mlp-7-linear", act="tanh")
+    with pytest.raises(ValueError, match="must be at least 1, got 784, 0, 7"):
+        models.create("mlp-7-linear", hidden=0)
+
+
 def test_the_shortcut_subsamples_and_pads_both_sides():
     block = models.resnet_cifar.BasicBlock(4, 8, 2, None).eval()
     nn.init.zeros_(block.conv2.weight)  # leaves the shortcut alone
@@ -221,7 +282,7 @@ def test_vgg_small_takes_digits(size):
 @pytest.mark.parametrize("name", sorted(models.MODELS))
 def test_every_network_trains_one_step(name):
     channels = 1 if name == "vgg-small" else 3
-    model = models.create(name, num_classes=4)
+    model = models.create(name, num_classes=4, **({"in_features": 3 * 32 * 32} if name == "mlp-7-linear" else {}))
     loss = nn.functional.cross_entropy(model(torch.randn(2, channels, 32, 32)), torch.tensor([0, 3]))
     loss.backward()
     assert loss.isfinite() and all(p.grad is not None for p in model.parameters() if p.requires_grad)

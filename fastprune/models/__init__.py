@@ -1,6 +1,6 @@
 """Networks by name: the pruning papers' CIFAR networks, torchvision's classifiers, timm's if it is installed."""
 
-from fastprune.models import densenet_cifar, lenet, resnet_cifar, vgg, wide_resnet
+from fastprune.models import densenet_cifar, lenet, mlp, resnet_cifar, vgg, wide_resnet
 from fastprune.models.registry import MODELS, create, list_models, register
 
 __all__ = [
@@ -9,6 +9,7 @@ __all__ = [
     "densenet_cifar",
     "lenet",
     "list_models",
+    "mlp",
     "register",
     "resnet_cifar",
     "vgg",

@@ -86,3 +86,9 @@ def resnet20(num_classes: int = 10, in_channels: int = 3, bound: str | None = No
 def resnet56(num_classes: int = 10, in_channels: int = 3, bound: str | None = None) -> ResNetCIFAR:
     """He et al.'s ResNet-56 as GReg (arXiv:2012.09243) trains it: ReLU after the stem, Kaiming-normal (fan in)."""
     return _he(9, num_classes, in_channels, bound)
+
+
+@register
+def resnet110(num_classes: int = 10, in_channels: int = 3, bound: str | None = None) -> ResNetCIFAR:
+    """He et al.'s ResNet-110, Kaiming-normal initialisation."""
+    return _he(18, num_classes, in_channels, bound)
