@@ -40,7 +40,7 @@ from fastprune.gates import GateSpec, GateStatistics, find_gates
 from fastprune.graph import trace
 from fastprune.nn import convert_batchnorm
 
-NETS = {"resnet56": 32, "resnet50": 64}  # name to image size
+NETS = {"resnet56": 32, "vgg19": 32, "resnet50": 64}  # name to image size
 BASES = {"fused": None, "statistics": "fused", "statistics-code": "fused", "method": "fused"}
 BASES |= {"eager": None, "hooks": "eager"}
 OVER = {"fused": ["eager"], "statistics": ["fused", "eager", "hooks"], "hooks": ["eager"]}
@@ -159,13 +159,15 @@ def count_calls(step: Callable[[], object]) -> Counter[str]:
     return mode.calls
 
 
-def peak_mb(impl: str, model: nn.Module, x: torch.Tensor, target: torch.Tensor) -> float:
+def peak_mb(make: Callable[[], Callable[[], object]], device: torch.device) -> float:
+    """Most memory held while a step is made and run twice."""
+
     def run() -> None:
-        step, _ = make_step(impl, model, x, target)
+        step = make()
         step()
         step()
 
-    if x.device.type == "cpu":
+    if device.type == "cpu":
         return round(peak_bytes(run) / MB, 2)
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
@@ -190,7 +192,7 @@ def bench(args: argparse.Namespace, net: str, allocator: str) -> list[dict]:
         impl = row["impl"]
         calls = count_calls(steps[impl])
         metrics[impl] = row["metrics"] = {"aten_calls": calls["aten"], "our_calls": calls["fastprune"]}
-        metrics[impl]["peak_mb"] = peak_mb(impl, model, x, target)
+        metrics[impl]["peak_mb"] = peak_mb(lambda impl=impl: make_step(impl, model, x, target)[0], x.device)
     for row in rows:
         impl, base = row["impl"], BASES[row["impl"]]
         if base:

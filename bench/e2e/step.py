@@ -29,6 +29,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -62,12 +63,14 @@ def sgd_step(
     target: torch.Tensor,
     penalty: Callable[[], torch.Tensor] | None = None,
     update: Callable[[torch.optim.Optimizer, torch.Tensor], None] | None = None,
+    sgd: Callable[..., torch.optim.Optimizer] | None = None,
 ) -> Callable[[], float]:
     """A training step on ``model`` itself; it returns the loss, ``penalty()`` included.
 
-    ``update(optimizer, loss)`` stands for the optimizer's step.
+    ``update(optimizer, loss)`` stands for the optimizer's step, ``sgd`` for PyTorch's SGD with foreach.
     """
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9, weight_decay=5e-4, foreach=True)
+    sgd = sgd or partial(torch.optim.SGD, foreach=True)
+    optimizer = sgd(model.parameters(), lr=0.01, momentum=0.9, weight_decay=5e-4)
 
     def step() -> float:
         loss = F.cross_entropy(model(x), target)
