@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -55,7 +55,7 @@ def resolve(
     if parsed and isinstance(parsed[0], tuple):
         rules = _by_index(parsed, targets)
     else:
-        rules = _by_stage(parsed, model)
+        rules = _by_stage(parsed, model, names)
     ratios = dict.fromkeys(names, 0.0)
     for label, r, reached in rules:
         mine = [name for name in names if _layer(name) in reached]
@@ -80,11 +80,7 @@ def stages(model: nn.Module) -> list[list[str]]:
     Raises:
         ValueError: The network has no stages, or several series of them.
     """
-    found, places = _places(model)
-    entries: list[list[str]] = [[] for _ in range(len(found) + 2)]
-    for name, (stage, _, _) in places.items():
-        entries[stage].append(name)
-    return entries
+    return _entries(*_places(model))
 
 
 def skipped(skip: Sequence[str] | str, model: nn.Module, names: Sequence[str]) -> set[str]:
@@ -108,7 +104,9 @@ def skipped(skip: Sequence[str] | str, model: nn.Module, names: Sequence[str]) -
         item = item.strip()
         if not targets.exact(item) and re.fullmatch(r"\d+(\.\d+){0,2}", item):
             prefix = tuple(int(n) for n in item.split("."))
-            reached = {name for name, place in _places(model, "skip")[1].items() if place[: len(prefix)] == prefix}
+            reached = {
+                name for name, place in _places(model, names, "skip")[1].items() if place[: len(prefix)] == prefix
+            }
             mine = {name for name in names if _layer(name) in reached}
         else:
             reached = targets.matching(item)
@@ -302,12 +300,16 @@ def _layer(name: str) -> str:
     return name.partition("#")[0]
 
 
-def _plain_names(model: nn.Module) -> dict[str, str]:
-    """Layer to its name without the wrappers that parallel training puts around modules."""
+def _plain_names(model: nn.Module, names: Iterable[str] = ()) -> dict[str, str]:
+    """Each convolution, linear layer and owner of ``names`` to its name without parallel training's wrappers.
+
+    In module order.  An attention module is an owner that is neither: its projections are parameters of its own.
+    """
     kinds = (nn.DataParallel, nn.parallel.DistributedDataParallel)
     wrappers = {f"{name}.module".removeprefix(".") for name, m in model.named_modules() if isinstance(m, kinds)}
+    known = {*layers(model), *map(_layer, names)}
     plain = {}
-    for name in layers(model):
+    for name in (name for name, _ in model.named_modules() if name in known):
         parts = name.split(".")
         plain[name] = ".".join(p for i, p in enumerate(parts) if ".".join(parts[: i + 1]) not in wrappers)
     return plain
@@ -317,8 +319,8 @@ class _Targets:
     """What names and patterns can match: the prunable groups and all other layers, with and without wrappers."""
 
     def __init__(self, model: nn.Module, names: Sequence[str]) -> None:
-        plain = _plain_names(model)
-        self.layers = list(plain)
+        plain = _plain_names(model, names)
+        self.layers = layers(model)
         self.prunable = list(names)
         owners = {_layer(name) for name in names}
         self.all = [*names, *(name for name in plain if name not in owners)]
@@ -360,7 +362,8 @@ def _by_name(asked: dict[str, float], targets: _Targets, reasons: Mapping[str, s
         if not reached:
             raise ValueError(f"ratio: {pattern!r} matches no layer{_nearest(pattern, targets.all)}")
         if r > 0:
-            raise ValueError(_reaches_nothing(pattern, reached, targets.prunable, reasons))
+            in_order = [target for target in targets.all if target in reached]
+            raise ValueError(_reaches_nothing(pattern, in_order, targets.prunable, reasons))
     return {name: asked[by] if by is not None else 0.0 for name, by in decided_by.items()}
 
 
@@ -380,8 +383,8 @@ def _by_index(parsed: list[tuple[str, int, int, float]], targets: _Targets) -> l
     return rules
 
 
-def _by_stage(ratios: list[float], model: nn.Module) -> list[tuple[str, float, list[str]]]:
-    found, _ = _places(model)
+def _by_stage(ratios: list[float], model: nn.Module, names: Sequence[str]) -> list[tuple[str, float, list[str]]]:
+    found, places = _places(model, names)
     if len(ratios) != len(found) + 2:
         raise ValueError(
             f"ratio: expected {len(found) + 2} entries (before the first stage, {len(found)} stages, after the last), "
@@ -390,21 +393,31 @@ def _by_stage(ratios: list[float], model: nn.Module) -> list[tuple[str, float, l
     labels = ["before the first stage", *found, "after the last stage"]
     return [
         (f"entry {i} ({label})", r, reached)
-        for i, (label, r, reached) in enumerate(zip(labels, ratios, stages(model), strict=True))
+        for i, (label, r, reached) in enumerate(zip(labels, ratios, _entries(found, places), strict=True))
     ]
+
+
+Place = tuple[int, int | None, int | None]  # stage, block, convolution
+
+
+def _entries(found: list[str], places: Mapping[str, Place]) -> list[list[str]]:
+    entries: list[list[str]] = [[] for _ in range(len(found) + 2)]
+    for name, (stage, _, _) in places.items():
+        entries[stage].append(name)
+    return entries
 
 
 _NUMBERED = re.compile(r"(layer|stage|dense_?block|block|group|res|s)_?\d+")
 _LISTS = ("stages", "layers", "blocks")
 
 
-def _places(model: nn.Module, who: str = "ratio") -> tuple[list[str], dict[str, tuple[int, int | None, int | None]]]:
-    """Names of the stages, and (stage, block, convolution) of every layer.
+def _places(model: nn.Module, names: Iterable[str] = (), who: str = "ratio") -> tuple[list[str], dict[str, Place]]:
+    """Names of the stages, and the place of every layer and of every owner of ``names``.
 
     Stages count from 1; 0 is before the first, one more than the last is after it.  Blocks and convolutions count from
     0; None where a layer is in no stage or no block.
     """
-    split = {name: _stage_of(plain) for name, plain in _plain_names(model).items()}
+    split = {name: _stage_of(plain) for name, plain in _plain_names(model, names).items()}
     series = list(dict.fromkeys(where[0] for where in split.values() if where))
     if len(series) != 1:
         none = "has no stages (modules called layer1, stages.0 or the like)"
@@ -413,7 +426,7 @@ def _places(model: nn.Module, who: str = "ratio") -> tuple[list[str], dict[str, 
         raise ValueError(f"{who}: {type(model).__name__} {why}; {way_out}")
     found = list(dict.fromkeys(where[1] for where in split.values() if where))
     last_inside = max(i for i, where in enumerate(split.values()) if where)
-    places: dict[str, tuple[int, int | None, int | None]] = {}
+    places: dict[str, Place] = {}
     blocks: dict[int, dict[str, int]] = {}  # by stage: block to its number
     convs: dict[tuple[int, int], int] = {}  # by stage and block: number of the last convolution
     stage = 0
@@ -448,22 +461,27 @@ def _stage_of(name: str) -> tuple[str, str, str | None] | None:
     return None
 
 
-def _reaches_nothing(
-    what: str, reached: Sequence[str] | set[str], names: Sequence[str], reasons: Mapping[str, str]
-) -> str:
+def _reaches_nothing(what: str, reached: Sequence[str], names: Sequence[str], reasons: Mapping[str, str]) -> str:
     """The error for a ratio above 0 without a prunable layer."""
-    shown = [f"{name} ({reasons[name]})" if name in reasons else name for name in sorted(reached)[:3]]
-    only = f": {'; '.join(shown)}{', ...' if len(reached) > 3 else ''}" if shown else ", it holds none"
-    return f"ratio: {what!r} reaches no prunable layer{only}{_nearest(what, names)}"
+    first = f": {reached[0]}" if reached else ", it holds none"
+    why = f" ({reasons[reached[0]]})" if reached and reached[0] in reasons else ""
+    more = f" and {len(reached) - 1} more" if len(reached) > 1 else ""
+    return f"ratio: {what!r} reaches no prunable layer{first}{why}{more}; prunable: {_some(names)}"
 
 
-def _nearest(label: str, known: Sequence[str] | Mapping[str, Any]) -> str:
-    """The tail of an error: names that look alike, else the first ones."""
+def _nearest(what: str, known: Iterable[str]) -> str:
+    """The tail of an error: what looks like a misspelt name or pattern, down to parts of names; else some."""
     names = list(known)
-    near = get_close_matches(label, names, n=3, cutoff=0.5)
+    parts = [name.split(".") for name in names]
+    ends = (".".join(split[:i]) for split in parts for i in range(len(split), 0, -1))
+    near = get_close_matches(re.sub(r"[*?\[\]!]", "", what).strip("."), [*dict.fromkeys(ends)], n=3, cutoff=0.6)
     if near:
         return f"; nearest: {', '.join(near)}"
-    return f"; known: {', '.join(names[:3])}{f', ... ({len(names)} in all)' if len(names) > 3 else ''}"
+    return f"; known: {_some(names)}"
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:3]) + (f", ... ({len(names)} in all)" if len(names) > 3 else "")
 
 
 # From another network -----------------------------------------------------------------------------------------------

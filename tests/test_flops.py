@@ -103,7 +103,7 @@ def test_published_commands(row):
     ratios = resolve(written(spec["stage_pr"]), model, names, reasons=left_alone(graph, names))
     skip = spec.get("skip_layers")
     ratios |= dict.fromkeys(skipped(written(skip), model, names) if skip else (), 0.0)
-    # the mean magnitude of each filter; TPP's limit differs from GReg's only in layers of 200 channels and more
+    # the mean magnitude of each filter; TPP's limit differs from GReg's only above 200 channels
     rows = {name: model.get_submodule(name).weight.detach().abs().flatten(1).mean(1) for name in names}
     limit = "tpp" if row["source"].startswith("TPP") else "greg"
     keep = {name: pick(rows[name], ratio, limit=limit) for name, ratio in ratios.items()}

@@ -9,6 +9,8 @@ import math
 import pytest
 import torch
 import torchvision
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from safetensors.torch import save_file
 from torch import nn
 
@@ -164,6 +166,19 @@ def test_patterns_do_not_see_wrappers(plain):
     assert resolve("features.0:0.5", wrapped, inner)["features.module.0"] == 0.5
 
 
+def test_attention_has_a_stage():
+    """Its projections belong to a module that is neither a convolution nor a linear layer."""
+
+    def block():
+        return nn.ModuleDict({"attn": nn.MultiheadAttention(8, 2), "mlp": nn.Linear(8, 8)})
+
+    model = nn.ModuleDict({"stages": nn.ModuleList([block(), block()]), "head": nn.Linear(8, 2)})
+    names = ["stages.0.attn", "stages.0.attn#2", "stages.0.mlp", "stages.1.attn"]
+    assert list(resolve("[0,0.5,0.25,0]", model, names).values()) == [0.5, 0.5, 0.5, 0.25]
+    assert skipped(["1"], model, names) == set(names[:3])
+    assert resolve("*attn:0.5", model, names)["stages.0.attn#2"] == 0.5
+
+
 def test_constrained():
     sizes = {f"layer{s}.{b}.conv1": 16 * s for s in (1, 2) for b in range(3)}
     two = [["layer1.0.conv1", "layer1.2.conv1"], [f"layer2.{b}.conv1" for b in range(3)]]
@@ -219,8 +234,9 @@ def test_constrained_errors(spec, message):
     ("conv:0.5, conv:0.2", r"'conv:0.2' repeats conv"),
     ("layer1.0.conv3:0.5", r"'layer1.0.conv3' matches no layer; nearest: layer1.0.conv"),
     ("zzz*:0.5", r"'zzz\*' matches no layer; known: layer1.0.conv1, layer1.1.conv1, layer1.2.conv1, ... \(20 in all\)"),
-    ("layr1.*:0, *:0.5", r"'layr1.\*' matches no layer"),  # else it would be pruned after all
-    ("*conv2:0.5", r"'\*conv2' reaches no prunable layer: layer1.0.conv2 \(conv1 writes the same"),
+    ("layr1.*:0, *:0.5", r"'layr1.\*' matches no layer; nearest: layer1"),  # else it would be pruned after all
+    ("*conv2:0.5", r"'\*conv2' reaches no prunable layer: layer1.0.conv2 \(conv1 writes the same .* and 8 more; "
+                    r"prunable: layer1.0.conv1, layer1.1.conv1, layer1.2.conv1, ... \(9 in all\)"),
     ("*:0.5, layer1.*:0.2", r"'layer1.\*' decides nothing, since '\*' comes before it for layer1.0.conv1"),
     ({"layer1.0.conv1": 1.0}, r"for 'layer1.0.conv1', got 1.0"),
     ({"layer1.0.conv1": "x"}, r"expected a number for 'layer1.0.conv1', got 'x'"),
@@ -231,6 +247,32 @@ def test_errors_say_what_to_do(resnet, ratio, message):
     with pytest.raises(ValueError, match=f"ratio: .*{message}") as e:
         resolve(ratio, model, names, reasons=left_alone(graph, names))
     assert "\n" not in str(e.value)
+
+
+@settings(deadline=None, max_examples=300, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    st.lists(st.sampled_from([*"0123456789.,:-[]* ", "0.5", "layer1", "conv1", "fc", "1-2:"]), max_size=12).map("".join)
+)
+def test_any_text_is_understood_or_refused_in_words(resnet, text):
+    model, graph, names = resnet
+    try:
+        found = resolve(text, model, names, reasons=left_alone(graph, names))
+    except ValueError as e:
+        assert str(e).startswith("ratio: ") and "\n" not in str(e)
+    else:
+        assert isinstance(found, float) or all(0 <= r < 1 for r in found.values())
+
+
+def test_residual_streams_have_the_name_of_their_first_layer(resnet):
+    model, graph, _ = resnet
+    names = list(graph.groups)
+    assert asked(model, graph, names, "conv1:0.5")[0] == 0.5
+    with pytest.raises(
+        ValueError, match=r"layer1.2.conv2 \(it shares its channels with conv1: give that one's ratio\)"
+    ):
+        asked(model, graph, names, "layer1.2.conv2:0.5")
+    found = resolve("[0.1,0,0.2,0,0]", model, names)  # the stream begins at the stem, so it is in its entry
+    assert [name for name, r in found.items() if r == 0.1] == ["conv1"]
 
 
 def test_errors_without_stages(plain):
