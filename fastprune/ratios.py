@@ -73,9 +73,9 @@ def layers(model: nn.Module) -> list[str]:
 def stages(model: nn.Module) -> list[list[str]]:
     """The layers of each entry of a ratio list by stage: what comes before the first stage, each stage, what follows.
 
-    Stages are the outermost modules called ``layer1``, ``layer2``, ... (also ``stage``, ``block``, ``denseblock``,
-    ``group``, ``res``, ``s``) or ``stages.0``, ``stages.1``, ... (also ``layers``, ``blocks``).  A layer between two
-    stages, such as a DenseNet's transition, belongs to the one before it.
+    Stages are the outermost modules with layers inside that are called ``layer1``, ``layer2``, ... (also ``stage``,
+    ``block``, ``dense``, ``denseblock``, ``group``, ``res``, ``s``) or ``stages.0``, ``stages.1``, ... (also
+    ``layers``, ``blocks``).  A layer between two stages, such as a DenseNet's transition, belongs to the one before it.
 
     Raises:
         ValueError: The network has no stages, or several series of them.
@@ -407,7 +407,7 @@ def _entries(found: list[str], places: Mapping[str, Place]) -> list[list[str]]:
     return entries
 
 
-_NUMBERED = re.compile(r"(layer|stage|dense_?block|block|group|res|s)_?\d+")
+_NUMBERED = re.compile(r"(layer|stage|block|dense|dense_?block|group|res|s)_?\d+")
 _LISTS = ("stages", "layers", "blocks")
 
 
@@ -451,10 +451,12 @@ def _stage_of(name: str) -> tuple[str, str, str | None] | None:
     for i, part in enumerate(parts):
         if match := _NUMBERED.fullmatch(part):
             end, series = i + 1, ".".join([*parts[:i], f"{match[1]}*"])
-        elif part in _LISTS and i + 1 < len(parts) and parts[i + 1].isdigit():
+        elif part in _LISTS and parts[i + 1 : i + 2] and parts[i + 1].isdigit():
             end, series = i + 2, ".".join([*parts[: i + 1], "*"])
         else:
             continue
+        if end == len(parts):  # a layer by itself, as MNASNet's stem in "layers.0"
+            return None
         rest = parts[end:]
         at = next((k for k, p in enumerate(rest) if p[-1].isdigit() and (k + 1 < len(rest) or k == 0)), None)
         return series, ".".join(parts[:end]), None if at is None else ".".join(rest[: at + 1])

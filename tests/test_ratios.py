@@ -126,6 +126,9 @@ class Staged(nn.Module):
     (torchvision.models.densenet121, [1, 13, 25, 49, 32, 1], "features.denseblock1.denselayer1.conv1"),
     (torchvision.models.regnet_y_400mf, [1, 6, 16, 31, 31, 1], "trunk_output.block1.block1-0.proj.0"),
     (torchvision.models.shufflenet_v2_x1_0, [1, 14, 26, 14, 2], "stage2.0.branch1.0"),
+    (lambda: models.create("densenet-bc-100"), [1, 33, 33, 32, 1], "dense1.0.conv1"),
+    # three layers of the list are no stages themselves; the last one follows the last stage
+    (torchvision.models.mnasnet0_5, [3, 9, 9, 9, 6, 12, 3, 2], "layers.8.0.layers.0"),
     (Staged, [1, 5, 5, 1], "stages.0.downsample.1"),
     (lambda: nn.DataParallel(torchvision.models.resnet18()), [1, 4, 5, 5, 5, 1], "module.layer1.0.conv1"),
 ])  # fmt: skip
@@ -281,9 +284,8 @@ def test_errors_without_stages(plain):
         resolve("[0,0.5,0]", model, names)
     with pytest.raises(ValueError, match=r"skip: VGG has no stages .*; name layers"):
         skipped(["1.0"], model, names)
-    two = nn.ModuleDict(
-        {"a": nn.ModuleDict({"layer1": nn.Linear(1, 1)}), "b": nn.ModuleDict({"layer1": nn.Linear(1, 1)})}
-    )
+    stage = nn.ModuleDict({"layer1": nn.Sequential(nn.Linear(1, 1))})
+    two = nn.ModuleDict({"a": stage, "b": copy.deepcopy(stage)})
     with pytest.raises(ValueError, match=r"several series of stages, 'a.layer\*' and 'b.layer\*'"):
         stages(two)
 
