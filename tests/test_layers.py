@@ -21,7 +21,6 @@ LAYERS = (
     ("nn",),
     ("surgery", "labels", "graph", "flops", "models", "optim"),
     ("select", "ratios", "compact", "gates", "correlation", "hessian", "cutting", "growing", "oracle", "trainability"),
-    ("surgery", "labels", "graph", "flops", "models"),
     ("methods",),
     ("data", "train"),
     ("__init__",),  # the public names
