@@ -61,19 +61,9 @@ def test_what_a_uniform_ratio_leaves(row):
     assert (report["macs"], report["params"]) == (row["macs"], row["params_total"])
 
 
-def vgg19() -> nn.Module:
-    """GReg's VGG-19: convolutions without bias, global average pool, one linear layer."""
-    plan = (64, 64, "M", 128, 128, "M", *[256] * 4, "M", *[512] * 4, "M", *[512] * 4)
-    model = models.vgg.VGG(plan, nn.AdaptiveAvgPool2d(1), num_classes=100, in_channels=3, bound=None)
-    for m in model.features:
-        if isinstance(m, nn.Conv2d):
-            m.bias = None
-    return model
-
-
 NETWORKS = {
     "resnet56": (lambda: models.create("resnet56"), 32),
-    "vgg19": (vgg19, 32),
+    "vgg19": (lambda: models.create("vgg19", num_classes=100), 32),
     "resnet34": (torchvision.models.resnet34, 224),
     "resnet50": (torchvision.models.resnet50, 224),
 }
