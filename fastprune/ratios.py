@@ -218,7 +218,7 @@ def inherited(
         if isinstance(kept, int) and gone[name]:
             raise ValueError(
                 f"inherit: {name} of {where} has {kept} of {graph.groups[name].size} channels, and which ones cannot "
-                "be known from a network that was made smaller; use inherit='ratio', or its keep-masks"
+                "be known from a network that was made smaller; take over its ratios, or give its keep-masks"
             )
     whole = {name: torch.ones(graph.groups[name].size, dtype=torch.bool) for name in names}
     return whole | {name: kept for name, kept in found.items() if name in whole and isinstance(kept, Tensor)}
