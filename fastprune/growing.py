@@ -27,8 +27,8 @@ class Growth:
     ``greg-1``: what is cut gets ``reg_step`` more at each update, until it exceeds ``reg_limit``, or every layer's
     magnitude ratio has reached ``ratio_limit``.  ``greg-2``: all get ``pick_step`` more until ``pick_limit``; then each
     layer picks what it cuts, which grows on by ``reg_step`` while the kept get ``kept_reg``; a layer stops by its own
-    magnitude ratio.  ``fixed``: ``reg_limit`` at once, for ``fixed_steps`` steps.  ``tpp``: ``reg_step`` times
-    (steps / update_interval) ** ``power``, rescaled so that ``reg_limit`` is reached when a linear growth reaches it.
+    magnitude ratio.  ``fixed``: ``reg_limit`` at once, for ``fixed_steps`` steps.  ``tpp``: in closed form, and with
+    any ``power`` of the steps, until ``reg_limit`` is reached when linear growth by ``reg_step`` reaches it.
     """
 
     kind: str
@@ -119,9 +119,8 @@ class GrowingCoefficients:
             mixed = np.where(np.isnan(before), fresh, 0.9 * before + 0.1 * fresh)
             self.ratios = np.where(growing, mixed, before)
         if g.kind == "tpp":
-            # rescaled for powers above 1: the authors keep the number of steps until the limit
-            stretch = (g.reg_limit / g.reg_step) ** (1 - 1 / g.power)
-            self.level[growing] = g.reg_step * (step / (g.update_interval * stretch)) ** g.power
+            last = g.update_interval * g.reg_limit / g.reg_step  # the step in which it reaches the limit
+            self.level[growing] = g.reg_limit * (step / last) ** g.power
             done = self.level >= g.reg_limit
         elif g.kind == "fixed":
             self.level[growing] = g.reg_limit

@@ -152,6 +152,23 @@ def pick(
     return torch.ones_like(scores, dtype=torch.bool).index_fill_(0, removed, False)
 
 
+def pick_array(
+    scores: np.ndarray, ratio: float, order: str = "min", limit: str = "greg", seed: int = 42, min_keep: int = 1
+) -> np.ndarray:
+    """:func:`pick` for scores that are on the host, (C,) -> bool (C,), without a call of PyTorch."""
+    if np.isnan(scores).any():
+        raise ValueError("pick: NaN scores; a loss or a gradient overflowed")
+    count = min(number_removed(ratio, len(scores), limit), max(0, len(scores) - min_keep))
+    if order == "rand":
+        ranked = np.random.RandomState(seed).permutation(len(scores))
+    else:
+        lowest_first = np.argsort(scores, kind="stable")
+        ranked = lowest_first if order == "min" else lowest_first[::-1]
+    keep = np.ones(len(scores), bool)
+    keep[ranked[:count]] = False
+    return keep
+
+
 def pick_globally(
     scores: Mapping[str, Tensor], ratio: float, order: str = "min", min_keep: int = 1, seed: int = 42
 ) -> dict[str, Tensor]:

@@ -26,6 +26,7 @@ from fastprune.graph import Group
 from fastprune.growing import GrowingCoefficients, Growth
 from fastprune.methods.base import register
 from fastprune.methods.magnitude import MagnitudeMethod, MagnitudeOptions, Rows, _enter
+from fastprune.select import pick_array
 
 
 @dataclass(frozen=True)
@@ -195,7 +196,15 @@ class GrowingMethod(MagnitudeMethod):
         """What would be cut if it were chosen now."""
         if self.by_weight:
             return np.tile([True, False], len(self._growing))
-        return self._goes(self.choose(self.split(magnitudes)))
+        if self.scope == "global" or self._same or self._inherited:
+            return self._goes(self.choose(self.split(magnitudes)))
+        o, ratios = self.options, self.ratio if isinstance(self.ratio, dict) else {}
+        parts = [np.zeros(0, bool)]
+        for name in self._growing:  # in NumPy: a call of PyTorch per layer would cost more than the update
+            values = magnitudes[self._bases[name] : self._bases[name] + self.groups[name].size]
+            ratio = ratios.get(name, self.ratio)
+            parts.append(~pick_array(values, ratio, self.order, o.limit, o.seed, o.min_keep))
+        return np.concatenate(parts)
 
     @torch.no_grad()
     def _write_coefficients(self) -> None:
@@ -232,19 +241,25 @@ class GrowingMethod(MagnitudeMethod):
 
     def state_dict(self) -> dict[str, Any]:
         state = super().state_dict() | {"finished": self.finished, "stable_since": self.stable_since}
-        state |= {"growth": self.growth.state_dict(), "growing": list(self._growing), "log": list(self.log)}
+        state |= {"growth": self.growth.state_dict(), "log": list(self.log)}
         chosen = None if self._chosen is None else {name: mask.clone() for name, mask in self._chosen.items()}
         return state | {"chosen": chosen}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         super().load_state_dict(state)
+        mine = {name: mask.shape for name, mask in (self._chosen or self._choose_now()).items()}
+        theirs = {name: mask.shape for name, mask in (state["chosen"] or {}).items()}
+        if theirs and theirs != mine:
+            odd = next(name for name in {**mine, **theirs} if mine.get(name) != theirs.get(name))
+            here, there = (tuple(shapes.get(odd, ())) for shapes in (mine, theirs))
+            raise ValueError(
+                f"{self.name}: expected a state of this model's layers; {odd} has {here} channels here, {there} there"
+            )
         self._chosen = state["chosen"]
         if self._chosen is not None and self.by_weight:
             where = {name: w.device for name, w in self.model.named_parameters()}
             self._chosen = {name: mask.to(where[name]) for name, mask in self._chosen.items()}
         sizes, cut = self._growing_sizes()
-        if self._growing != state["growing"]:
-            raise ValueError(f"{self.name}: expected the state of layers {self._growing}, got {state['growing']}")
         self.growth = GrowingCoefficients(self._schedule(), sizes, None if self.picks_later else cut, self.growth.dtype)
         self.growth.load_state_dict(state["growth"])
         self.finished, self.stable_since, self.log = state["finished"], state["stable_since"], list(state["log"])

@@ -259,7 +259,7 @@ def n_of_m(weight: Tensor, n: int, m: int) -> Tensor:
     Sparse tensor cores want it along what a convolution sums over; in channels_last that is the input channels.
     """
     blocks = weight.detach().abs().movedim(1, -1).unflatten(-1, (-1, m))
-    order = blocks.argsort(-1, descending=True, stable=True)
+    order = blocks.argsort(stable=True, dim=-1, descending=True)
     stays = torch.zeros_like(blocks, dtype=torch.bool).scatter_(-1, order[..., :n], True)
     return stays.flatten(-2).movedim(-1, 1).contiguous()
 

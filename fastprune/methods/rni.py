@@ -73,9 +73,11 @@ class _ScaleMethod(Method):
         """
         if not self._scales:
             return super().penalty()
-        scales = [w.detach() for w in self._scales]
-        value, grad = value_and_grad(scales, self.kind, self.shift, backends.select("scale_penalty", None, *scales))
-        return penalty_of(value, self._scales, grad.split([w.numel() for w in scales]), self.options.reg_weight)
+        scales = self._scales
+        with torch.no_grad():
+            value, grad = value_and_grad(scales, self.kind, self.shift, backends.select("scale_penalty", None, *scales))
+            grads = grad.split([w.numel() for w in scales])
+        return penalty_of(value, scales, grads, self.options.reg_weight)
 
     @torch.no_grad()
     def scores(self) -> dict[str, Tensor]:

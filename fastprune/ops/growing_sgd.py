@@ -216,7 +216,7 @@ def check_alike(op: str, params: list[Tensor], **others: list[Tensor]) -> None:
 def check_broadcast(op: str, name: str, t: Tensor, param: Tensor, mask: bool = False) -> None:
     """That ``t`` is a regularisation, or a mask, of ``param``."""
     fits = t.dim() == param.dim() and all(n in (1, size) for n, size in zip(t.shape, param.shape, strict=True))
-    dtype = torch.bool if mask else torch.promote_types(param.dtype, torch.float32)
+    dtype = torch.bool if mask else torch.float64 if param.dtype == torch.float64 else torch.float32
     if not fits or t.dtype != dtype or t.device != param.device:
         raise ValueError(
             f"{op}: expected {name} to have {param.dim()} dimensions, each of size 1 or that of its parameter "
