@@ -111,6 +111,13 @@ def _masked_conv2d(inputs: list[Tensor], backend: str) -> list[Tensor]:
     return [y, *torch.autograd.grad(y, leaves, dy)]
 
 
+def _growing_sgd(inputs: list[Tensor], backend: str) -> list[Tensor]:
+    params, grads, momenta = ([inputs[i].clone() for i in pair] for pair in ((0, 1), (1, 2), (2, 0)))
+    reg, keep = inputs[3].view(1, -1, 1, 1), inputs[1][:, :1] > 0
+    ops.growing_sgd(params, grads, momenta, lr=0.1, momentum=0.9, reg={0: reg}, keep={1: keep}, backend=backend)
+    return [*params, *momenta]
+
+
 def _gate_sums(inputs: list[Tensor], backend: str) -> list[Tensor]:
     slots = inputs[0].flatten(1)[:, :19].contiguous()
     columns = torch.arange(19, device=slots.device).flip(0)
@@ -123,6 +130,7 @@ CHECKS = {
     "channel_gate": _channel_gate,
     "filter_norm": _filter_norm,
     "gate_sums": _gate_sums,
+    "growing_sgd": _growing_sgd,
     "masked_conv2d": _masked_conv2d,
     "scale_penalty": _scale_penalty,
     "weight_taylor": _weight_taylor,

@@ -116,7 +116,7 @@ class GrowingSGD(torch.optim.SGD):
             if not group["momentum"]:
                 self._launch(group, alike, [], False, scale, found_inf)
                 continue
-            buffers = [self.state[p].get("momentum_buffer") for p in alike]
+            buffers = [self.state.get(p, {}).get("momentum_buffer") for p in alike]
             fresh = [p for p, buffer in zip(alike, buffers, strict=True) if buffer is None]
             if fresh:
                 alike = [p for p, buffer in zip(alike, buffers, strict=True) if buffer is not None]
