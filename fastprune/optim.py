@@ -139,12 +139,10 @@ class GrowingSGD(torch.optim.SGD):
                 f"GrowingSGD: the gradient of a parameter {tuple(sparse[0].shape)} is {sparse[0].layout}; expected a "
                 "dense one (nn.Embedding: sparse=False), or keep such parameters in a torch.optim.SGD of their own"
             )
-        reg, keep = {}, {}
-        for parts, constraints in ((reg, self._reg), (keep, self._keep)):
-            if constraints:
-                for i, p in enumerate(params):
-                    if id(p) in constraints:
-                        parts[i] = constraints[id(p)][1]
+        reg, keep = (
+            {i: parts[id(p)][1] for i, p in enumerate(params) if id(p) in parts} if parts else {}
+            for parts in (self._reg, self._keep)
+        )
         launch(
             params, grads, buffers, reg, keep,
             *(t if t is None else t.to(params[0].device, non_blocking=True) for t in scalars),

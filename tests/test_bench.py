@@ -16,6 +16,7 @@ from bench.e2e import iterative, statistics, step
 from bench.ops import batch_norm_act as op_bench
 from bench.ops import channel_gate as gate_bench
 from bench.ops import filter_norm as filter_bench
+from bench.ops import growing_sgd as sgd_bench
 from bench.ops import masked_conv2d as conv_bench
 from fastprune import backends, models
 
@@ -276,6 +277,15 @@ def test_the_gate_bench_compares_equals(what):
 def test_the_filter_bench_compares_equals(what):
     calls = filter_bench.contestants(what, [torch.randn(4, 3, 3, 3), torch.randn(5, 4)], "eager")
     torch.testing.assert_close(torch.cat(calls[filter_bench.EAGER]()), calls[filter_bench.OURS]())
+
+
+def test_the_optimizer_bench_compares_equals():
+    calls = sgd_bench.contestants([torch.randn(4, 3, 3, 3), torch.randn(5, 4), torch.randn(6)])
+    for names in ((sgd_bench.LOOP, sgd_bench.OURS), (sgd_bench.FOREACH, sgd_bench.FUSED, sgd_bench.PLAIN)):
+        first, *others = [calls[name]() for name in names]
+        for other in others:
+            torch.testing.assert_close(other, first)
+    assert not first[0][:1].equal(calls[sgd_bench.OURS]()[0][:1])  # the first filter is cut
 
 
 def test_the_op_bench_runs_and_files_its_rows(tmp_path, monkeypatch, capsys):

@@ -94,6 +94,28 @@ def test_instruction_sets_agree(isa):
             assert error <= 64 * eps * size + 1e-5, (name, a.shape, float(error / size))
 
 
+STEPS = """
+import sys, torch, test_growing_sgd as t
+cases = [t.Case(t.SHAPES, dtype, layout) for dtype in t.DTYPES["cpp"] for layout in t.LAYOUTS]
+torch.save([t.step(case, "cpp", **switches) for case in cases for switches in t.SWITCHES[2:5]], sys.stdout.buffer)
+"""
+
+
+def test_instruction_sets_agree_on_optimizer_steps():
+    """Bit for bit where there is a fused multiply-add."""
+    runs = {isa: run_python(STEPS, FASTPRUNE_CPU_ISA=isa) for isa in ISAS if isa in facts["isa_available"]}
+    assert not any(run.returncode for run in runs.values()), [run.stderr.decode() for run in runs.values()]
+    results = {isa: torch.load(io.BytesIO(run.stdout)) for isa, run in runs.items()}
+    for isa, steps in results.items():
+        for ours, theirs in zip(results[ISAS[-1] if ISAS[-1] in results else "base"], steps, strict=True):
+            for name, t in theirs.items():
+                if isa == "base":
+                    eps = 8 * torch.finfo(t.dtype).eps
+                    torch.testing.assert_close(ours[name], t, rtol=eps, atol=eps)
+                else:
+                    assert torch.equal(ours[name], t), (isa, name)
+
+
 def test_an_unknown_instruction_set_is_an_error():
     wrong = run_python("from fastprune import backends; backends.build_info()", FASTPRUNE_CPU_ISA="mmx")
     assert (

@@ -29,6 +29,7 @@ if "triton" not in BACKENDS:
 import triton
 import triton.language as tl
 from fastprune.kernels import batch_norm_act as kernels
+from fastprune.kernels import growing_sgd as sgd
 from fastprune.kernels import scale_penalty as penalty
 
 DEVICE = device_for("triton")
@@ -382,3 +383,83 @@ def test_scale_penalty_sees_updates_in_place_and_new_addresses():
     assert penalty.scale_penalty([torch.empty(0, device=DEVICE)], "rni", 0.0)[0].item() == 0.0
     nan = penalty.scale_penalty([torch.tensor([torch.nan, 1.0], device=DEVICE)], "l1", 0.0)
     assert nan[0].isnan() and nan[1][0].isnan() and nan[1][1] == 1
+
+
+# ---- the optimizer's step
+
+
+def sgd_step(params, grads, momenta, reg=(), keep=(), lr=0.1, wd=0.01):
+    """Launches a step; what it should have made, in float64."""
+    reg, keep = dict(reg), dict(keep)
+    wanted = []
+    for i, (p, g, b) in enumerate(zip(params, grads, momenta, strict=True)):
+        p, g, b = p.double(), g.double(), b.double()
+        b = 0.9 * b + g + (wd + reg.get(i, torch.zeros((), device=p.device))) * p
+        kept = keep.get(i, torch.ones((), device=p.device)).double()
+        wanted += [(p - lr * b) * kept, b * kept]
+    parts = [list(reg.values()), list(reg), list(keep.values()), list(keep)]
+    sgd.growing_sgd(params, grads, momenta, *parts, None, None, lr, 0.9, 0.0, wd, False, False, False)
+    got = [t.double() for pair in zip(params, momenta, strict=True) for t in pair]
+    for a, b in zip(got, wanted, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6)
+
+
+def tensors_of(*shapes):
+    return [[torch.randn(s, device=DEVICE) for s in shapes] for _ in range(3)]
+
+
+def test_optimizer_step_over_blocks_of_every_kind():
+    """Ends of tensors, tensors off the vectors, dimensions that wrap within a block and across blocks."""
+    size = sgd.config()["BLOCK"]
+    params, grads, momenta = tensors_of((3, size - 5), (size,), (2 * size + 7, 1), (7, 5, 11, 3), (1,))
+    odd = torch.randn(3, 40, device=DEVICE)
+    for tensors, moved in zip((params, grads, momenta), odd, strict=True):
+        tensors.append(moved[1:38])  # contiguous, off by four bytes
+    reg = {
+        0: torch.randn(3, 1),
+        1: torch.randn(size),
+        2: torch.randn(1, 1),
+        3: torch.randn(7, 1, 11, 1),
+        5: torch.ones(37),
+    }
+    keep = {0: torch.rand(1, size - 5) > 0.5, 2: torch.rand(2 * size + 7, 1) > 0.5, 3: torch.rand(1, 5, 1, 3) > 0.5}
+    sgd_step(params, grads, momenta, *({i: t.to(DEVICE) for i, t in part.items()} for part in (reg, keep)))
+
+
+def test_optimizer_tables_follow_addresses_and_not_numbers():
+    params, grads, momenta = tensors_of((4, 3, 2, 2), (9,))
+    reg = {0: torch.zeros(4, 1, 1, 1, device=DEVICE)}
+    sgd._table.cache_clear()
+    for turn in range(4):
+        sgd_step(params, grads, momenta, reg, lr=0.1 / (turn + 1), wd=0.01 * (turn + 1))
+        reg[0] += 0.5  # in place: the same table
+    assert sgd._table.cache_info().misses == 1
+    grads = [g.clone() for g in grads]
+    sgd_step(params, grads, momenta, reg)
+    params[0].data = params[0].data[:2].clone()  # a cut: as fastprune.compact leaves it
+    grads[0], momenta[0], reg[0] = grads[0][:2], momenta[0][:2], reg[0][:2]
+    sgd_step(params, grads, momenta, reg)
+    sgd_step(params, grads, momenta)
+    assert sgd._table.cache_info().misses == 4
+
+
+def test_dimensions_along_the_memory_of_a_parameter():
+    """As few as there can be, the fastest first."""
+
+    def dims(p, part):
+        return sgd._dims(p.shape, p.stride(), part.shape, part.stride())
+
+    w = torch.empty(8, 4, 3, 3)
+    nhwc = w.contiguous(memory_format=torch.channels_last)
+    assert dims(w, torch.empty(8, 1, 1, 1)) == ((36, 0), (8, 1))
+    assert dims(w, torch.empty(8, 4, 1, 1)) == ((9, 0), (32, 1))
+    assert dims(w, torch.empty(1, 4, 1, 1)) == ((9, 0), (4, 1), (8, 0))
+    assert dims(w, w) == ((288, 1),) == dims(nhwc, nhwc)
+    assert dims(nhwc, torch.empty(8, 1, 1, 1)) == ((36, 0), (8, 1))
+    assert dims(nhwc, torch.empty(8, 4, 1, 1)) == ((4, 1), (9, 0), (8, 4))
+    assert dims(nhwc, w) == ((4, 9), (9, 1), (8, 36))
+    assert dims(w, torch.empty(1, 1, 1, 1)) == ((288, 0),) and dims(torch.empty(()), torch.empty(())) == ((1, 0),)
+    with pytest.raises(ValueError, match=r"broadcasts to \(8, 4, 3, 3\), got \(8, 4, 3\)"):
+        dims(w, torch.empty(8, 4, 3))
+    with pytest.raises(ValueError, match="less than 2\\^31 elements"):
+        dims(torch.empty(2**16, 2**15, device="meta"), torch.empty(1, 1, device="meta"))

@@ -35,13 +35,15 @@ Order order_of(const Tensor& t) {
 // `t` along the memory of `like`: see SpreadOut.
 SpreadOut spread_out(const Tensor& t, const Tensor& like, const Order& order, ScalarType dtype) {
   FP_CHECK_CPU(t);
-  bool fits = t.dim() == like.dim() && t.scalar_type() == dtype;
-  for (int64_t d = 0; fits && d < t.dim(); ++d) fits = t.size(d) == 1 || t.size(d) == like.size(d);
+  const auto sizes = t.sizes(), strides = t.strides(), whole = like.sizes();
+  bool fits = sizes.size() == whole.size() && t.scalar_type() == dtype;
+  for (size_t d = 0; fits && d < sizes.size(); ++d) fits = sizes[d] == 1 || sizes[d] == whole[d];
   STD_TORCH_CHECK(fits, "expected ", torch::headeronly::toString(dtype), " that broadcasts to ", shape_string(like),
                   ", got ", shape_string(t), " ", torch::headeronly::toString(t.scalar_type()));
   SpreadOut out = {t.data_ptr(), 1, {1}, {0}};
   for (int i = 0; i < order.count; ++i) {
-    const int64_t d = order.dims[i], size = like.size(d), stride = t.size(d) == 1 ? 0 : t.stride(d);
+    const size_t d = static_cast<size_t>(order.dims[i]);
+    const int64_t size = whole[d], stride = sizes[d] == 1 ? 0 : strides[d];
     if (i == 0)
       out.size[0] = size, out.stride[0] = stride;
     else if (out.stride[out.dims - 1] == size * stride)
