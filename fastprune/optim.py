@@ -20,7 +20,8 @@ class GrowingSGD(torch.optim.SGD):
 
     Arguments, defaults, parameter groups, schedulers and ``state_dict`` are those of ``torch.optim.SGD``, whose runs it
     continues and which continues its runs.  :func:`fastprune.ops.growing_sgd` has the formula, and what is equal to
-    ``torch.optim.SGD`` bit for bit.  :meth:`constrain` says what to regularise and what to hold at zero.
+    ``torch.optim.SGD`` bit for bit.  :meth:`constrain` says what to regularise and what to hold at zero.  A tensor as
+    learning rate is read by the host; ``foreach`` and ``fused`` in a state that was loaded are kept, and not used.
 
     A ``GradScaler`` hands its scale to the step, which divides the gradients in place by it and leaves everything as it
     was when one of them is infinite, without a synchronisation (but in a step that makes new momentum buffers).

@@ -86,7 +86,7 @@ def growing_sgd(
             f"got {len(momenta)} for {len(params)} parameters"
         )
     check_alike("growing_sgd", params, grads=grads, **({"momenta": momenta} if momentum else {}))
-    regs, keeps = _numbered("reg", reg, len(params)), _numbered("keep", keep, len(params))
+    regs, keeps = (_numbered("growing_sgd", name, parts, len(params)) for name, parts in (("reg", reg), ("keep", keep)))
     for i, r in regs.items():
         check_broadcast("growing_sgd", f"reg[{i}]", r, params[i])
     for i, k in keeps.items():
@@ -146,7 +146,7 @@ def grow_grads(params: Sequence[Tensor], grads: Sequence[Tensor], reg: Parts, ba
     """
     params, grads = list(params), list(grads)
     check_alike("grow_grads", params, grads=grads)
-    regs = _numbered("reg", reg, len(params))
+    regs = _numbered("grow_grads", "reg", reg, len(params))
     for i, r in regs.items():
         check_broadcast("grow_grads", f"reg[{i}]", r, params[i])
     params, grads, regs = [params[i] for i in regs], [grads[i] for i in regs], list(regs.values())
@@ -177,7 +177,7 @@ def hold(tensors: Sequence[Tensor], keep: Parts, backend: str | None = None) -> 
     """
     tensors = list(tensors)
     check_alike("hold", tensors)
-    keeps = _numbered("keep", keep, len(tensors))
+    keeps = _numbered("hold", "keep", keep, len(tensors))
     for i, k in keeps.items():
         check_broadcast("hold", f"keep[{i}]", k, tensors[i], mask=True)
     tensors, keeps = [tensors[i] for i in keeps], list(keeps.values())
@@ -224,14 +224,14 @@ def check_broadcast(op: str, name: str, t: Tensor, param: Tensor, mask: bool = F
         )
 
 
-def _numbered(name: str, parts: Parts, count: int) -> dict[int, Tensor]:
+def _numbered(op: str, name: str, parts: Parts, count: int) -> dict[int, Tensor]:
     """Position to tensor, without None."""
     if not isinstance(parts, Mapping):
         if len(parts) not in (0, count):
-            raise ValueError(f"growing_sgd: expected {name} for all {count} params (or None), got {len(parts)}")
+            raise ValueError(f"{op}: expected {name} for all {count} params (or None), got {len(parts)}")
         parts = dict(enumerate(parts))
     if outside := [i for i in parts if not 0 <= i < count]:
-        raise ValueError(f"growing_sgd: {name} has positions {outside}, but there are {count} params")
+        raise ValueError(f"{op}: {name} has positions {outside}, but there are {count} params")
     return {i: t for i, t in parts.items() if t is not None}
 
 
