@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -280,33 +282,29 @@ MAX_DIMS = 5
 def _refuse(backend: str, x: Tensor, params: list[Tensor], grads: list[Tensor], momenta: list[Tensor]) -> str | None:
     if x.dtype not in _DTYPES[backend]:
         return f"it takes {', '.join(str(d)[6:] for d in _DTYPES[backend])}"
+    if max(map(Tensor.dim, params)) <= MAX_DIMS and all(map(Tensor.is_contiguous, (*params, *grads, *momenta))):
+        return None  # the usual case: some hundred parameters are to be seen through in every step
     strides = list(map(Tensor.stride, params))
-    if max(map(len, strides)) > MAX_DIMS or not all(map(Tensor.is_contiguous, params)):
-        for i, p in enumerate(params):
-            if p.dim() > MAX_DIMS or not _dense(p):
-                return f"params must be dense, of at most {MAX_DIMS} dimensions; params[{i}] has strides {p.stride()}"
+    for i, p in enumerate(params):
+        if p.dim() > MAX_DIMS or not _dense(p.shape, strides[i]):
+            return f"params must be dense, of at most {MAX_DIMS} dimensions; params[{i}] has strides {strides[i]}"
     for name, tensors in (("grads", grads), ("momenta", momenta)):
-        if tensors and list(map(Tensor.stride, tensors)) != strides:
-            for i, (p, t) in enumerate(zip(params, tensors, strict=True)):
-                if not _alike(p, t):
-                    return f"{name}[{i}] must have its parameter's strides, {p.stride()}, got {t.stride()}"
+        theirs = list(map(Tensor.stride, tensors))
+        for i, (p, mine) in enumerate(zip(params, strides, strict=True) if tensors and theirs != strides else ()):
+            if any(n > 1 and a != b for n, a, b in zip(p.shape, mine, theirs[i], strict=False)) and p.numel():
+                return f"{name}[{i}] must have its parameter's strides, {mine}, got {theirs[i]}"
     return None
 
 
-def _dense(t: Tensor) -> bool:
-    """Whether ``t`` fills its memory without gaps or overlaps, its dimensions being in any order."""
+@lru_cache(maxsize=4096)
+def _dense(shape: torch.Size, strides: tuple[int, ...]) -> bool:
+    """Whether a tensor fills its memory without gaps or overlaps, its dimensions being in any order."""
     expected = 1
-    for stride, size in sorted((st, n) for st, n in zip(t.stride(), t.shape, strict=True) if n > 1):
+    for stride, size in sorted((st, n) for st, n in zip(strides, shape, strict=True) if n != 1):
         if stride != expected:
-            return False
+            return not math.prod(shape)
         expected *= size
     return True
-
-
-def _alike(a: Tensor, b: Tensor) -> bool:
-    """Equal strides, but where a size of 1 makes them meaningless."""
-    strides = zip(a.shape, a.stride(), b.stride(), strict=True)
-    return not a.numel() or all(size == 1 or mine == theirs for size, mine, theirs in strides)
 
 
 backends.define(
