@@ -97,7 +97,7 @@ def gram_penalty(
         if count > w.shape[0]:
             raise ValueError(f"gram_penalty: keep cuts {count} channels of weights[{i}], which has {w.shape[0]}")
     scale = _scale("gram_penalty", scale, weights)
-    name = backends.select("gram_penalty", backend, weights[0], weights)
+    name = backends.select("gram_penalty", backend, weights[0], weights, "rows")
     return _Penalty.apply("gram_penalty", name, plan.order, plan.cuts, cut, kept, scale, *weights)
 
 
@@ -107,7 +107,7 @@ def value_and_grad(
     """The penalty, (), and its gradients in float32 (float64), each with its weight's strides.
 
     For callers without autograd, which add the gradients to ``.grad`` themselves.  Nothing is checked; ``backend`` is
-    what ``backends.select("gram_penalty", None, weights[0], weights)`` says.
+    what ``backends.select("gram_penalty", None, weights[0], weights, "rows")`` says.
     """
     return _call("gram_penalty", backend, weights, plan.order, plan.cuts, cut, kept, scale)
 
@@ -168,7 +168,7 @@ def orthogonality_penalty(
             )
     strides, paddings = _windows(op, weights, stride, padding) if kind == "conv" else ([], [])
     scale = _scale(op, scale, weights)
-    name = backends.select("gram_penalty", backend, weights[0], weights + references)
+    name = backends.select("gram_penalty", backend, weights[0], weights + references, kind)
     if kind == "rows":
         return _Penalty.apply("gram_penalty", name, None, [0] * len(weights), 0.0, 1.0, scale, *weights)
     detached = [r.detach() for r in references]
@@ -353,7 +353,9 @@ _DTYPES = {
 }
 
 
-def _refuse(backend: str, first: Tensor, tensors: tuple[Tensor, ...]) -> str | None:
+def _refuse(backend: str, first: Tensor, tensors: tuple[Tensor, ...], kind: str) -> str | None:
+    if backend == "triton" and kind != "rows":
+        return f"it has no kernel of kind {kind!r}"
     if first.dtype not in _DTYPES[backend]:
         return f"it takes {', '.join(str(d)[6:] for d in _DTYPES[backend])}"
     for i, w in enumerate(tensors):

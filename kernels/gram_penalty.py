@@ -1,0 +1,258 @@
+"""Penalties on Gram matrices, over all weights of a model: one launch for the blocks of G, one for the gradients.
+
+Rows of a weight are taken in the order of the plan, cut ones first, so what is not needed are whole tiles: they are
+not in the list of tiles, and never computed, written or read.  The first kernel writes E = m (G - T) / N^2 tile by tile
+into a scratch and a share of the value per tile; the second multiplies E by the weight.  The weights stay where they
+are (see filter_norm); their gradients are views of one buffer.
+"""
+
+from __future__ import annotations
+
+import math
+from functools import lru_cache
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fastprune.backends import INTERPRET
+
+
+@triton.jit
+def _dot(a, b, acc, SPLIT: tl.constexpr, WIDEN: tl.constexpr):
+    if WIDEN:  # the interpreter has no bfloat16
+        a = a.to(tl.float32)
+        b = b.to(tl.float32)
+    if SPLIT:
+        return tl.dot(a, b, acc, input_precision="tf32x3")
+    return tl.dot(a, b, acc, input_precision="ieee", out_dtype=acc.dtype)
+
+
+@triton.jit
+def _rows(order_ptr, start, i, n):
+    """Rows of the weight at the places i of its order; row 0 beyond the last."""
+    if order_ptr is None:
+        rows = tl.where(i < n, i, 0)
+    else:
+        rows = tl.load(order_ptr + start + i, mask=i < n, other=0)
+    return rows.to(tl.int64)
+
+
+@triton.jit
+def _gram_tile(
+    weight_ptr, rows_i, rows_j, live_i, live_j, width, acc,
+    VEC: tl.constexpr, BLOCK_K: tl.constexpr, SPLIT: tl.constexpr, WIDEN: tl.constexpr,
+):  # fmt: skip
+    width = width // VEC * VEC  # tells the compiler an alignment that the table vouches for
+    for start in range(0, width, BLOCK_K):
+        k = (start + tl.arange(0, BLOCK_K))[None, :]
+        a = tl.load(weight_ptr + rows_i[:, None] * width + k, mask=live_i[:, None] & (k < width), other=0.0)
+        b = tl.load(weight_ptr + rows_j[:, None] * width + k, mask=live_j[:, None] & (k < width), other=0.0)
+        acc = _dot(a, tl.trans(b), acc, SPLIT, WIDEN)
+    return acc
+
+
+@triton.jit
+def _gram_kernel(
+    layers_ptr,   # (L, 8) int64: address, rows, cut rows, width; where its order, matrix and gradient start; aligned
+    tiles_ptr,    # (tiles, 3) int64: layer, first row, first column
+    factors_ptr,  # (L, 2) float64: of blocks with a cut row or column, and of the others
+    like_ptr,     # any pointer to the weights' dtype; never read
+    order_ptr,    # (all rows,) int32, or None: as they are
+    scale_ptr,    # (L,) or None: 1
+    matrix_ptr,   # E of all layers, rows of a multiple of 16
+    sums_ptr,     # (tiles,) float64
+    BLOCK: tl.constexpr, BLOCK_K: tl.constexpr,
+    VEC: tl.constexpr, SPLIT: tl.constexpr, WIDEN: tl.constexpr,
+):  # fmt: skip
+    ACC: tl.constexpr = matrix_ptr.dtype.element_ty
+    tile = tiles_ptr + tl.program_id(0).to(tl.int64) * 3
+    index = tl.load(tile)
+    layer = layers_ptr + index * 8
+    weight_ptr = tl.load(layer).to(like_ptr.dtype)
+    n = tl.load(layer + 1).to(tl.int32)
+    cuts = tl.load(layer + 2).to(tl.int32)
+    width = tl.load(layer + 3).to(tl.int32)
+    first_i = tl.load(tile + 1).to(tl.int32)
+    first_j = tl.load(tile + 2).to(tl.int32)
+    i = first_i + tl.arange(0, BLOCK)
+    j = first_j + tl.arange(0, BLOCK)
+    start = tl.load(layer + 4)
+    rows_i = _rows(order_ptr, start, i, n)
+    rows_j = _rows(order_ptr, start, j, n)
+    gram = tl.zeros((BLOCK, BLOCK), dtype=ACC)
+    if tl.load(layer + 7) != 0:
+        gram = _gram_tile(
+            tl.multiple_of(weight_ptr, 16), rows_i, rows_j, i < n, j < n, width, gram, VEC, BLOCK_K, SPLIT, WIDEN
+        )
+    else:
+        gram = _gram_tile(weight_ptr, rows_i, rows_j, i < n, j < n, width, gram, 1, BLOCK_K, SPLIT, WIDEN)
+    kept_i, kept_j = (i >= cuts)[:, None], (j >= cuts)[None, :]
+    target = ((i[:, None] == j[None, :]) & kept_i).to(ACC)
+    cut = tl.load(factors_ptr + 2 * index).to(ACC)
+    kept = tl.load(factors_ptr + 2 * index + 1).to(ACC)
+    factor = tl.where(kept_i & kept_j, kept, cut)
+    live = (i < n)[:, None] & (j < n)[None, :]
+    wanted = live & (factor != 0)  # not 0 * inf where there is nothing to penalise
+    distance = tl.where(wanted, gram - target, 0.0)
+    e = factor * distance
+    value = tl.sum(tl.sum((e * distance).to(tl.float64), axis=1), axis=0)
+    if first_i != first_j:
+        value *= 2
+    if scale_ptr is not None:
+        value *= tl.load(scale_ptr + index).to(tl.float64)
+    tl.store(sums_ptr + tl.program_id(0), value)
+    stride = (n + 15) // 16 * 16
+    matrix_ptr += tl.multiple_of(tl.load(layer + 5), 16)
+    tl.store(matrix_ptr + i[:, None].to(tl.int64) * stride + j[None, :], e, mask=live)
+    if first_i != first_j:
+        tl.store(matrix_ptr + j[None, :].to(tl.int64) * stride + i[:, None], e, mask=live)
+
+
+@triton.jit
+def _gradient_tile(
+    matrix_ptr, weight_ptr, order_ptr, grad_ptr, start, first_i, first_k, begin, end, n, width, factor,
+    BLOCK: tl.constexpr, BLOCK_J: tl.constexpr, VEC: tl.constexpr, SPLIT: tl.constexpr,
+):  # fmt: skip
+    ACC: tl.constexpr = matrix_ptr.dtype.element_ty
+    width = width // VEC * VEC
+    i = first_i + tl.arange(0, BLOCK)
+    k = (first_k + tl.arange(0, BLOCK))[None, :]
+    stride = (n + 15) // 16 * 16
+    acc = tl.zeros((BLOCK, BLOCK), dtype=ACC)
+    for first in range(begin, end, BLOCK_J):
+        j = first + tl.arange(0, BLOCK_J)
+        live = (i < n)[:, None] & (j < end)[None, :]
+        e = tl.load(matrix_ptr + i[:, None].to(tl.int64) * stride + j[None, :], mask=live, other=0.0)
+        rows = _rows(order_ptr, start, j, n)[:, None]
+        a = tl.load(weight_ptr + rows * width + k, mask=(j < end)[:, None] & (k < width), other=0.0)
+        if a.dtype == tl.bfloat16:
+            a = a.to(tl.float32)
+        acc = _dot(e, a.to(ACC), acc, SPLIT, False)
+    rows = _rows(order_ptr, start, i, n)[:, None]
+    tl.store(grad_ptr + rows * width + k, acc * factor, mask=(i < n)[:, None] & (k < width))
+
+
+@triton.jit
+def _gradient_kernel(
+    layers_ptr, tiles_ptr,  # as above; (tiles, 5): layer, first row, first column, columns [begin, end) of E
+    like_ptr, order_ptr, scale_ptr, matrix_ptr,
+    grad_ptr,  # all gradients, in the dtype of E
+    BLOCK: tl.constexpr, BLOCK_J: tl.constexpr, VEC: tl.constexpr, SPLIT: tl.constexpr,
+):  # fmt: skip
+    tile = tiles_ptr + tl.program_id(0).to(tl.int64) * 5
+    index = tl.load(tile)
+    layer = layers_ptr + index * 8
+    weight_ptr = tl.load(layer).to(like_ptr.dtype)
+    n = tl.load(layer + 1).to(tl.int32)
+    width = tl.load(layer + 3).to(tl.int32)
+    first_i = tl.load(tile + 1).to(tl.int32)
+    first_k = tl.load(tile + 2).to(tl.int32)
+    begin = tl.load(tile + 3).to(tl.int32)
+    end = tl.load(tile + 4).to(tl.int32)
+    start = tl.load(layer + 4)
+    matrix_ptr += tl.multiple_of(tl.load(layer + 5), 16)
+    grad_ptr += tl.multiple_of(tl.load(layer + 6), 16)
+    factor = tl.full((), 4, matrix_ptr.dtype.element_ty)
+    if scale_ptr is not None:
+        factor *= tl.load(scale_ptr + index)
+    if tl.load(layer + 7) != 0:
+        _gradient_tile(
+            matrix_ptr, tl.multiple_of(weight_ptr, 16), order_ptr, grad_ptr, start, first_i, first_k, begin, end, n,
+            width, factor, BLOCK, BLOCK_J, VEC, SPLIT,
+        )  # fmt: skip
+    else:
+        _gradient_tile(
+            matrix_ptr, weight_ptr, order_ptr, grad_ptr, start, first_i, first_k, begin, end, n,
+            width, factor, BLOCK, BLOCK_J, 1, SPLIT,
+        )  # fmt: skip
+
+
+def config(dtype: torch.dtype) -> dict[str, int]:
+    """Tiles of both kernels; on paper, not yet measured on a GPU."""
+    block = 32 if dtype == torch.float64 else 64
+    return {"BLOCK": block, "num_warps": 4, "num_stages": 2}
+
+
+def split(dtype: torch.dtype) -> bool:
+    """Whether a product of float32 is made of three of tensor cores, as exact as one; AMD has them in float32."""
+    return dtype != torch.float64 and torch.version.hip is None
+
+
+Layer = tuple[int, int, int, int]  # address, rows, cut rows, width
+
+
+@lru_cache(maxsize=16)
+def _tables(
+    layers: tuple[Layer, ...], cut: float, kept: float, itemsize: int, block: int, device: torch.device
+) -> tuple[Tensor, Tensor, Tensor, Tensor, int, list[int]]:
+    """Layers, tiles of G, tiles of the gradients, factors; elements of the matrices; where gradients start, and end.
+
+    Only the key goes in, so a hit is right whatever lives there by now.
+    """
+    rows, gram, grads, factors, order, matrix, starts = [], [], [], [], 0, 0, [0]
+    for index, (address, n, cuts, width) in enumerate(layers):
+        aligned = address % 16 == 0 and width * itemsize % 16 == 0
+        rows.append((address, n, cuts, width, order, matrix, starts[-1], aligned))
+        factors.append((cut / max(n * n, 1), kept / max(n * n, 1)))
+        for i in range(0, n, block):
+            has_kept = min(i + block, n) > cuts
+            for j in range(0, i + 1, block):  # then j has a cut row if i has
+                if (cut and j < cuts) or (kept and has_kept and min(j + block, n) > cuts):
+                    gram.append((index, i, j))
+            begin, end = 0 if cut else cuts, n if kept or (cut and i < cuts) else cuts
+            if not cut and not (kept and has_kept):
+                begin = end = 0
+            grads += [(index, i, k, begin, end) for k in range(0, width, block)]
+        order += n
+        matrix += n * (-(-n // 16) * 16)
+        starts.append(starts[-1] + -(-n * width // 16) * 16)
+
+    def put(numbers: list, columns: int, dtype: torch.dtype = torch.int64) -> Tensor:
+        return torch.tensor(numbers, dtype=dtype).reshape(-1, columns).to(device)
+
+    return put(rows, 8), put(gram, 3), put(grads, 5), put(factors, 2, torch.float64), matrix, starts
+
+
+def gram_penalty(
+    weights: list[Tensor], order: Tensor | None, cuts: list[int], cut: float, kept: float, scale: Tensor | None
+) -> tuple[Tensor, list[Tensor]]:
+    """Launches both kernels; arguments and results as in :mod:`fastprune.ops.gram_penalty`."""
+    first = weights[0]
+    acc = torch.promote_types(first.dtype, torch.float32)
+    cfg, size = config(first.dtype), first.element_size()
+    layers = tuple((w.data_ptr(), w.shape[0], c, math.prod(w.shape[1:])) for w, c in zip(weights, cuts, strict=True))
+    with torch.cuda.device_of(first):
+        table, gram, tiles, factors, elements, starts = _tables(layers, cut, kept, size, cfg["BLOCK"], first.device)
+        matrix, grad = first.new_empty(elements, dtype=acc), first.new_empty(starts[-1], dtype=acc)
+        sums = first.new_empty(len(gram), dtype=torch.float64)
+        options = {**cfg, "VEC": 16 // size, "SPLIT": split(first.dtype)}
+        if len(gram):
+            widen = INTERPRET and first.dtype == torch.bfloat16
+            _gram_kernel[(len(gram),)](
+                table, gram, factors, first, order, scale, matrix, sums, **options, BLOCK_K=32, WIDEN=widen
+            )
+        if len(tiles):
+            _gradient_kernel[(len(tiles),)](table, tiles, first, order, scale, matrix, grad, **options, BLOCK_J=32)
+    grads = [grad.as_strided(w.shape, w.stride(), start) for w, start in zip(weights, starts, strict=False)]
+    return sums.sum().to(acc), grads
+
+
+AOT_DTYPES = ("fp32", "bf16", "fp16", "fp64")
+
+
+def aot(dtype: str) -> list[tuple]:
+    """What scripts/aot_check.py compiles: masks and scales, and neither."""
+    torch_dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp64": torch.float64}[dtype]
+    acc, size = ("fp64", 8) if dtype == "fp64" else ("fp32", torch_dtype.itemsize)
+    cfg, rows = config(torch_dtype), []
+    tables = {"layers_ptr": "*i64:16", "tiles_ptr": "*i64:16", "like_ptr": f"*{dtype}:16", "matrix_ptr": f"*{acc}:16"}
+    for label, order, scale in (("masks", "*i32:16", f"*{acc}:16"), ("all rows", None, None)):
+        args = {**tables, "order_ptr": order, "scale_ptr": scale, "VEC": 16 // size}
+        for parts in (False,) if dtype == "fp64" else (False, True):
+            gram = {"factors_ptr": "*fp64:16", "sums_ptr": "*fp64:16", "BLOCK_K": 32, "WIDEN": False}
+            rows.append((f"{label}{' split' * parts}", _gram_kernel, {**args, **gram, "SPLIT": parts}, cfg, False))
+            last = {"grad_ptr": f"*{acc}:16", "BLOCK_J": 32}
+            rows.append((f"{label}{' split' * parts}", _gradient_kernel, {**args, **last, "SPLIT": parts}, cfg, False))
+    return rows
