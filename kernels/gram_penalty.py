@@ -9,14 +9,16 @@ are (see filter_norm); their gradients are views of one buffer.
 from __future__ import annotations
 
 import math
+import os
 from functools import lru_cache
+from itertools import accumulate
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastprune.backends import INTERPRET
+_INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
 
 
 @triton.jit
@@ -25,7 +27,7 @@ def _dot(a, b, acc, SPLIT: tl.constexpr, WIDEN: tl.constexpr):
         a = a.to(tl.float32)
         b = b.to(tl.float32)
     if SPLIT:
-        return tl.dot(a, b, acc, input_precision="tf32x3")
+        return tl.dot(a, b, acc, input_precision="bf16x6")
     return tl.dot(a, b, acc, input_precision="ieee", out_dtype=acc.dtype)
 
 
@@ -172,12 +174,12 @@ def _gradient_kernel(
 def config(dtype: torch.dtype) -> dict[str, int]:
     """Tiles of both kernels; on paper, not yet measured on a GPU."""
     block = 32 if dtype == torch.float64 else 64
-    return {"BLOCK": block, "num_warps": 4, "num_stages": 2}
+    return {"BLOCK": block, "num_warps": 4 if block == 32 else 8, "num_stages": 2}
 
 
 def split(dtype: torch.dtype) -> bool:
-    """Whether a product of float32 is made of three of tensor cores, as exact as one; AMD has them in float32."""
-    return dtype != torch.float64 and torch.version.hip is None
+    """Whether products of float32 are made of six of bfloat16, as exact as float32's; the interpreter has them not."""
+    return dtype != torch.float64 and not _INTERPRET
 
 
 Layer = tuple[int, int, int, int]  # address, rows, cut rows, width
@@ -191,10 +193,11 @@ def _tables(
 
     Only the key goes in, so a hit is right whatever lives there by now.
     """
-    rows, gram, grads, factors, order, matrix, starts = [], [], [], [], 0, 0, [0]
+    rows, gram, grads, factors, order, matrix = [], [], [], [], 0, 0
+    starts = [0, *accumulate(-(-n * width // 16) * 16 for _, n, _, width in layers)]
     for index, (address, n, cuts, width) in enumerate(layers):
         aligned = address % 16 == 0 and width * itemsize % 16 == 0
-        rows.append((address, n, cuts, width, order, matrix, starts[-1], aligned))
+        rows.append((address, n, cuts, width, order, matrix, starts[index], aligned))
         factors.append((cut / max(n * n, 1), kept / max(n * n, 1)))
         for i in range(0, n, block):
             has_kept = min(i + block, n) > cuts
@@ -207,7 +210,6 @@ def _tables(
             grads += [(index, i, k, begin, end) for k in range(0, width, block)]
         order += n
         matrix += n * (-(-n // 16) * 16)
-        starts.append(starts[-1] + -(-n * width // 16) * 16)
 
     def put(numbers: list, columns: int, dtype: torch.dtype = torch.int64) -> Tensor:
         return torch.tensor(numbers, dtype=dtype).reshape(-1, columns).to(device)
@@ -229,7 +231,7 @@ def gram_penalty(
         sums = first.new_empty(len(gram), dtype=torch.float64)
         options = {**cfg, "VEC": 16 // size, "SPLIT": split(first.dtype)}
         if len(gram):
-            widen = INTERPRET and first.dtype == torch.bfloat16
+            widen = _INTERPRET and first.dtype == torch.bfloat16
             _gram_kernel[(len(gram),)](
                 table, gram, factors, first, order, scale, matrix, sums, **options, BLOCK_K=32, WIDEN=widen
             )
@@ -249,10 +251,8 @@ def aot(dtype: str) -> list[tuple]:
     cfg, rows = config(torch_dtype), []
     tables = {"layers_ptr": "*i64:16", "tiles_ptr": "*i64:16", "like_ptr": f"*{dtype}:16", "matrix_ptr": f"*{acc}:16"}
     for label, order, scale in (("masks", "*i32:16", f"*{acc}:16"), ("all rows", None, None)):
-        args = {**tables, "order_ptr": order, "scale_ptr": scale, "VEC": 16 // size}
-        for parts in (False,) if dtype == "fp64" else (False, True):
-            gram = {"factors_ptr": "*fp64:16", "sums_ptr": "*fp64:16", "BLOCK_K": 32, "WIDEN": False}
-            rows.append((f"{label}{' split' * parts}", _gram_kernel, {**args, **gram, "SPLIT": parts}, cfg, False))
-            last = {"grad_ptr": f"*{acc}:16", "BLOCK_J": 32}
-            rows.append((f"{label}{' split' * parts}", _gradient_kernel, {**args, **last, "SPLIT": parts}, cfg, False))
+        args = {**tables, "order_ptr": order, "scale_ptr": scale, "VEC": 16 // size, "SPLIT": dtype != "fp64"}
+        gram = {"factors_ptr": "*fp64:16", "sums_ptr": "*fp64:16", "BLOCK_K": 32, "WIDEN": False}
+        rows.append((label, _gram_kernel, {**args, **gram}, cfg, False))
+        rows.append((label, _gradient_kernel, {**args, "grad_ptr": f"*{acc}:16", "BLOCK_J": 32}, cfg, False))
     return rows

@@ -7,15 +7,15 @@ namespace fastprune {
 constexpr int64_t kGramBlock = 84;   // rows and columns of a block of a Gram matrix: whole panels on every ISA
 constexpr int64_t kGramStrip = 128;  // columns of a gradient that a task makes
 
-// sum over i, j of weight (G_ij - target_ij)^2, G = A A^T.  The rows of A are wherever `rows` points, in two groups,
-// [0, first) and [first, n); a pair of groups has a weight, and a target on its diagonal.
+// sum over i, j of weight (G_ij - target_ij)^2, G = A A^T, or A B^T where that is symmetric.  The rows are wherever the
+// pointers say, in two groups, [0, first) and [first, n); a pair of groups has a weight, and a target on its diagonal.
 struct GramLayer {
-  const void* const* rows;  // (n,), of `width` elements each
-  void* const* grads;       // (n,), likewise; read for [0, grad_rows)
-  int64_t n, first, width, grad_rows;
-  double weight[3], target[3];  // of 0 x 0, 0 x 1 and 1 x 1
-  void* matrix;                 // gram_matrix_size(n) elements: weight (G - target), written where it is needed
-  double factor;                // gradient = factor * matrix * A
+  const void *const *rows, *const *right;     // (n,), of `depth` elements each; of A, and of B or of A again
+  void* const* grads;                         // (n,), of `width` elements; read for [0, grad_rows)
+  int64_t n, first, depth, width, grad_rows;  // gradients are of the first `width` elements
+  double weight[3], target[3];                // of 0 x 0, 0 x 1 and 1 x 1
+  void* matrix;   // gram_matrix_size(n) elements: weight (G - target), written where it is needed
+  double factor;  // gradient = factor * matrix * A
 };
 
 constexpr int64_t gram_matrix_size(int64_t n) { return n * (n + 32); }  // panels are 16 rows high at most

@@ -133,13 +133,13 @@ double block(const GramLayer& a, const GramBlock& b) {
   const int64_t ends[2] = {b.rows, b.columns}, starts[2] = {b.i, b.j};
   for (int side = 0; side < 2; ++side)
     for (int64_t r = 0; r < kGramBlock; ++r)
-      rows[side][r] = static_cast<const T*>(a.rows[starts[side] + min(r, ends[side] - 1)]);
-  const int64_t passes = divide_up(a.width * static_cast<int64_t>(sizeof(T)), kDepth);
-  const int64_t depth = divide_up(divide_up(a.width, passes), Wide<T>::kCount) * Wide<T>::kCount;
-  for (int64_t k = 0; k < a.width; k += depth)
+      rows[side][r] = static_cast<const T*>((side ? a.right : a.rows)[starts[side] + min(r, ends[side] - 1)]);
+  const int64_t passes = divide_up(a.depth * static_cast<int64_t>(sizeof(T)), kDepth);
+  const int64_t depth = divide_up(divide_up(a.depth, passes), Wide<T>::kCount) * Wide<T>::kCount;
+  for (int64_t k = 0; k < a.depth; k += depth)
     for (int64_t i = 0; i < b.rows; i += kTileI)
       for (int64_t j = 0; j < (diagonal ? min(b.columns, i + kTileI) : b.columns); j += kTileJ)
-        tile(rows[0] + i, rows[1] + j, k, min(depth, a.width - k), k > 0, g + i * kGramBlock + j);
+        tile(rows[0] + i, rows[1] + j, k, min(depth, a.depth - k), k > 0, g + i * kGramBlock + j);
   if (diagonal)
     for (int64_t i = 0; i < b.rows; ++i)
       for (int64_t j = i + 1; j < b.rows; ++j) g[i * kGramBlock + j] = g[j * kGramBlock + i];

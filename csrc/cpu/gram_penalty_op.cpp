@@ -23,8 +23,10 @@ using Penalty = std::tuple<Tensor, std::vector<Tensor>>;
 struct Term {
   std::vector<const void*> rows;
   std::vector<void*> grads;
-  int64_t first, width, grad_rows;
+  int64_t first, width, grad_rows;  // width: of the gradients, and of the rows where depth is 0
   double weight[3], target[3], factor, offset;
+  std::vector<const void*> right = {};  // where G = A B^T
+  int64_t depth = 0;
 };
 
 int64_t width_of(const Tensor& w) {
@@ -100,7 +102,11 @@ std::vector<double> evaluate(const std::vector<Term>& terms, const std::vector<d
   int64_t matrices = 0, most = 1;
   for (const Term& t : terms) {
     const int64_t n = static_cast<int64_t>(t.rows.size()), index = static_cast<int64_t>(layers.size());
-    GramLayer a{t.rows.data(), t.grads.data(), n, t.first, t.width, t.grad_rows, {}, {}, nullptr, 0};
+    GramLayer a{};
+    a.rows = t.rows.data();
+    a.right = t.right.empty() ? t.rows.data() : t.right.data();
+    a.grads = t.grads.data();
+    a.n = n, a.first = t.first, a.width = t.width, a.depth = t.depth ? t.depth : t.width, a.grad_rows = t.grad_rows;
     std::copy(t.weight, t.weight + 3, a.weight);
     std::copy(t.target, t.target + 3, a.target);
     a.factor = 4 * t.factor * scales[static_cast<size_t>(index)];
@@ -212,55 +218,66 @@ void each_row(int64_t n, const F& f) {
   });
 }
 
-Term of_all_rows(const char* rows, char* grads, int64_t n, int64_t width, int64_t itemsize) {
+// One group of n rows, `stride` apart, whose gradients are of `width` elements.
+template <class T>
+Term of_all_rows(const T* rows, T* grads, int64_t n, int64_t stride, int64_t width) {
   Term t{{}, {}, n, width, n, {1, 1, 1}, {1, 1, 1}, 1, 0};
   for (int64_t i = 0; i < n; ++i) {
-    t.rows.push_back(rows + i * width * itemsize);
-    t.grads.push_back(grads + i * width * itemsize);
+    t.rows.push_back(rows + i * stride);
+    t.grads.push_back(grads + i * width);
   }
   return t;
 }
 
+// to[j * stride + i] = sign * from[i * columns + j]
 template <class T>
-void transpose(const T* from, T* to, int64_t rows, int64_t columns) {  // to is (columns, rows)
+void transpose(const T* from, T* to, int64_t rows, int64_t columns, int64_t stride, T sign = 1) {
   constexpr int64_t kSide = 16;
   each_row((columns + kSide - 1) / kSide, [&](int64_t block) {
     const int64_t begin = block * kSide, end = std::min(columns, begin + kSide);
     for (int64_t i = 0; i < rows; i += kSide)
       for (int64_t j = begin; j < end; ++j)
-        for (int64_t r = i; r < std::min(rows, i + kSide); ++r) to[j * rows + r] = from[r * columns + j];
+        for (int64_t r = i; r < std::min(rows, i + kSide); ++r) to[j * stride + r] = sign * from[r * columns + j];
   });
 }
 
-// Sum over K x K of (A^T A - I)^2: for the wide A through A A^T, which has the same eigenvalues but K - N zeros.
+// Mean over K x K of (A^T A - I)^2, or of (A^T A - B^T B)^2.  For a wide A through the rows: A A^T has the same
+// eigenvalues but K - N zeros; and G of the rows of A and B, blocks of both counted negative, has the sum wanted.
 template <class T>
-double columns(const T* a, T* grad, int64_t n, int64_t width, double scale) {
+double columns(const T* a, const T* b, bool energy, T* grad, int64_t n, int64_t width, double scale) {
+  constexpr bool kIsDouble = sizeof(T) == 8;
+  const ScalarType acc = kIsDouble ? ScalarType::Double : ScalarType::Float;
   const double factor = 1.0 / static_cast<double>(std::max<int64_t>(width * width, 1));
-  const bool wide = n <= width;
-  const ScalarType acc = sizeof(T) == 8 ? ScalarType::Double : ScalarType::Float;
-  const Tensor turned = new_tensor({wide ? 0 : 2 * n * width}, acc);
-  T* rows = wide ? const_cast<T*>(a) : static_cast<T*>(turned.data_ptr());
-  T* grads = wide ? grad : rows + n * width;
-  if (!wide) transpose(a, rows, n, width);
-  std::vector<Term> terms = {of_all_rows(reinterpret_cast<const char*>(rows), reinterpret_cast<char*>(grads),
-                                         wide ? n : width, wide ? width : n, sizeof(T))};
-  terms[0].factor = factor;
-  terms[0].offset = wide ? static_cast<double>(width - n) : 0;
-  const double value = evaluate(terms, {scale}, sizeof(T) == 8)[0];
-  if (!wide) transpose(grads, grad, width, n);
+  const auto evaluate_one = [&](Term& t) {
+    t.factor = factor;
+    if (energy) std::fill(t.target, t.target + 3, 0);
+    std::vector<Term> terms = {std::move(t)};
+    return evaluate(terms, {scale}, kIsDouble)[0];
+  };
+  if (width >= (energy ? 2 * n : n)) {
+    Term t = of_all_rows(a, grad, n, width, width);
+    if (!energy) t.offset = static_cast<double>(width - n);
+    for (int64_t i = 0; energy && i < n; ++i) t.rows.push_back(b + i * width);
+    t.weight[1] = energy ? -1 : 1;
+    return evaluate_one(t);
+  }
+  const int64_t depth = energy ? 2 * n : n;
+  const Tensor turned = new_tensor({(depth + (energy ? depth : 0) + n) * width}, acc);
+  T* const left = static_cast<T*>(turned.data_ptr());  // [A^T B^T], then [A^T -B^T]
+  T* const right = left + depth * width;
+  T* const grads = right + (energy ? depth * width : 0);
+  transpose(a, left, n, width, depth);
+  Term t = of_all_rows(left, grads, width, depth, n);
+  if (energy) {
+    transpose(b, left + n, n, width, depth);
+    transpose(a, right, n, width, depth);
+    transpose(b, right + n, n, width, depth, T(-1));
+    t.depth = depth;
+    for (int64_t i = 0; i < width; ++i) t.right.push_back(right + i * depth);
+  }
+  const double value = evaluate_one(t);
+  transpose(grads, grad, width, n, width);
   return value;
-}
-
-// Sum over K x K of (A^T A - B^T B)^2: G of the rows of A and B, the blocks of A with B counted negative.
-double energy(const char* a, const char* b, char* grad, int64_t n, int64_t width, double scale, bool is_double) {
-  const int64_t itemsize = is_double ? 8 : 4;
-  std::vector<Term> terms = {of_all_rows(a, grad, n, width, itemsize)};
-  Term& t = terms[0];
-  for (int64_t i = 0; i < n; ++i) t.rows.push_back(b + i * width * itemsize);
-  t.weight[1] = -1;
-  std::fill(t.target, t.target + 3, 0);
-  t.factor = 1.0 / static_cast<double>(std::max<int64_t>(width * width, 1));
-  return evaluate(terms, {scale}, is_double)[0];
 }
 
 struct Kernel {  // of a convolution; rows are (channels, height, width), or (height, width, channels)
@@ -312,8 +329,7 @@ double conv(const T* w, T* grad, int64_t n, const Kernel& kernel, int64_t stride
           parts[side][i * count + k] = w[i * size + places[side][static_cast<size_t>(k)]];
     });
     T* const grads[2] = {parts[0] + 2 * n * size, parts[1] + 2 * n * size};
-    std::vector<Term> terms = {
-        of_all_rows(reinterpret_cast<const char*>(parts[0]), reinterpret_cast<char*>(grads[0]), n, count, sizeof(T))};
+    std::vector<Term> terms = {of_all_rows(parts[0], grads[0], n, count, count)};
     Term& t = terms[0];
     if (self) {
       t.target[0] = target;
@@ -366,27 +382,24 @@ Penalty orthogonality_penalty(const std::vector<Tensor>& weights, const std::vec
     const Tensor& w = weights[l];
     const int64_t n = w.size(0), width = width_of(w);
     grads.push_back(new_strided(w.dim(), w.sizes().data(), w.strides().data(), a.acc()));
-    char* grad = static_cast<char*>(grads.back().data_ptr());
-    const auto* wide = reinterpret_cast<const double*>(a.data[l]);
-    const auto* narrow = reinterpret_cast<const float*>(a.data[l]);
-    if (is_energy) {
-      FP_CHECK_LIKE(references[l], w);
-      values.push_back(energy(a.data[l], a.data[weights.size() + l], grad, n, width, scales[l], a.is_double));
-    } else if (is_conv) {
+    if (is_energy) FP_CHECK_LIKE(references[l], w);
+    if (is_conv) {
       STD_TORCH_CHECK(w.dim() == 2 || w.dim() == 4, "'conv' takes weights of 2 or 4 dimensions, got ", shape_string(w));
       STD_TORCH_CHECK(strides[l] > 0 && paddings[2 * l] >= 0 && paddings[2 * l + 1] >= 0,
                       "expected strides from 1 and paddings from 0 on, got ", strides[l], ", ", paddings[2 * l],
                       " and ", paddings[2 * l + 1]);
+    }
+    const auto penalty = [&](auto zero) {
+      using T = decltype(zero);
+      const T* from = reinterpret_cast<const T*>(a.data[l]);
+      const T* reference = is_energy ? reinterpret_cast<const T*>(a.data[weights.size() + l]) : nullptr;
+      T* grad = static_cast<T*>(grads[l].data_ptr());
+      if (!is_conv) return columns(from, reference, is_energy, grad, n, width, scales[l]);
       const bool linear = w.dim() == 2;
       const Kernel kernel{w.size(1), linear ? 1 : w.size(2), linear ? 1 : w.size(3), !w.is_contiguous()};
-      const int64_t* padding = paddings.data() + 2 * l;
-      values.push_back(
-          a.is_double ? conv(wide, reinterpret_cast<double*>(grad), n, kernel, strides[l], padding, norm, scales[l])
-                      : conv(narrow, reinterpret_cast<float*>(grad), n, kernel, strides[l], padding, norm, scales[l]));
-    } else {
-      values.push_back(a.is_double ? columns(wide, reinterpret_cast<double*>(grad), n, width, scales[l])
-                                   : columns(narrow, reinterpret_cast<float*>(grad), n, width, scales[l]));
-    }
+      return conv(from, grad, n, kernel, strides[l], paddings.data() + 2 * l, norm, scales[l]);
+    };
+    values.push_back(a.is_double ? penalty(double()) : penalty(float()));
   }
   return {total(values, scales, a.acc()), grads};
 }

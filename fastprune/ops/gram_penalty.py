@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 import torch
 import torch.nn.functional as F
@@ -101,6 +102,7 @@ def gram_penalty(
     return _Penalty.apply("gram_penalty", name, plan.order, plan.cuts, cut, kept, scale, *weights)
 
 
+@torch.no_grad()
 def value_and_grad(
     weights: Sequence[Tensor], plan: GramPlan, cut: float, kept: float, scale: Tensor | None, backend: str
 ) -> tuple[Tensor, list[Tensor]]:
@@ -342,8 +344,13 @@ def _add_up(values: list[Tensor], grads: list[Tensor], scale: Tensor | None) -> 
 
 
 def _fake(backend: str, weights: list[Tensor], *args: object) -> tuple[Tensor, list[Tensor]]:
-    acc = _acc(weights[0])
-    return weights[0].new_empty((), dtype=acc), [torch.empty_like(w, dtype=acc) for w in weights]
+    first, acc = weights[0], _acc(weights[0])
+    value = first.new_empty((), dtype=acc)
+    if backend == "cpp":
+        return value, [torch.empty_like(w, dtype=acc) for w in weights]
+    *starts, total = 0, *accumulate(-(-w.numel() // 16) * 16 for w in weights)  # Triton writes into one buffer
+    flat = first.new_empty(total, dtype=acc)
+    return value, [flat.as_strided(w.shape, w.stride(), start) for w, start in zip(weights, starts, strict=True)]
 
 
 _DTYPES = {
