@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from bench import harness, table
-from bench.e2e import iterative, statistics, step
+from bench.e2e import growing, growing_cifar10, iterative, statistics, step, trainability
 from bench.ops import batch_norm_act as op_bench
 from bench.ops import channel_gate as gate_bench
 from bench.ops import filter_norm as filter_bench
@@ -507,6 +507,151 @@ def test_masks_are_compared_cut_by_cut():
     off = masks(0, 3, 2), {"history": [masks(0), masks(0, 3), masks(0, 3, 2)]}
     assert iterative.compare(on, on) == {"identical": True, "differ": 0, "of": 6, "first_cut_that_differs": None}
     assert iterative.compare(on, off) == {"identical": False, "differ": 2, "of": 6, "first_cut_that_differs": 2}
+
+
+@pytest.mark.parametrize("name", ["greg-1", "tpp"])
+@pytest.mark.parametrize("arch", ["resnet20", "vgg19"])
+def test_growing_methods_and_loops_move_the_weights_alike(name, arch):
+    torch.manual_seed(0)
+    model = models.create(arch, **({"width": 0.25} if arch == "vgg19" else {}))
+    for m in model.modules():
+        if isinstance(m, nn.Conv2d):  # as where there are biases
+            m.bias = nn.Parameter(torch.randn(m.out_channels))
+    assert growing.disagreement(name, model, torch.randn(4, 3, 32, 32), torch.randint(10, (4,))) < 1e-10
+
+
+def test_growing_methods_that_differ_are_not_timed(monkeypatch):
+    def half(self):
+        return whole(self) / 2
+
+    whole = growing.LayerLoop.penalty
+    monkeypatch.setattr(growing.LayerLoop, "penalty", half)
+    monkeypatch.setattr(growing, "setup", lambda *args: small())
+    monkeypatch.setattr(harness, "interleave", lambda *args, **kw: pytest.fail("it was timed"))
+    args = harness.arguments("", []).parse_args([])
+    args.batch = 6
+    with pytest.raises(SystemExit, match=r"differ by .*nothing was timed"):
+        growing.bench(args, "resnet56", "default")
+
+
+@pytest.mark.parametrize("name", growing.METHODS)
+def test_growing_adds_few_operators_whatever_the_depth(name):
+    try:
+        growing.need_kernels("cpu")
+    except SystemExit as missing:
+        pytest.skip(str(missing))
+    added = {"aten_calls": [], "aten_calls_update": []}
+    for blocks in (1, 3):
+        model = models.resnet_cifar.ResNetCIFAR(blocks, 10, 3, None, stem_relu=True)
+        problem = model, torch.randn(4, 3, 8, 8), torch.randint(10, (4,))
+        plain, mine = (growing.metrics_of(impl, *problem) for impl in ("eager", name))
+        for kind, found in added.items():
+            found.append(mine[kind] - plain["aten_calls"])
+    shallow, deep = added["aten_calls"]
+    assert shallow == deep <= growing.CALLS_GOAL, added
+    if name != "greg-2":  # until it has picked, it ranks the channels of each layer, on the CPU
+        shallow, deep = added["aten_calls_update"]
+        assert shallow == deep, added
+
+
+def test_the_growing_bench_runs_and_writes_its_page(tmp_path, monkeypatch):
+    torch.manual_seed(0)
+    problem = models.create("vgg-small", in_channels=3), torch.randn(6, 3, 8, 8), torch.randint(10, (6,))
+    monkeypatch.setattr(growing, "setup", lambda *args: problem)
+    argv = "bench --no-gate --batch 6 --interval 2 --allocator default --rounds 7"
+    monkeypatch.setattr(sys, "argv", [*argv.split(), "--out", str(tmp_path), "--page", str(tmp_path / "page.md")])
+    monkeypatch.setattr(growing, "need_kernels", lambda device: None)
+    threads = torch.get_num_threads()
+    try:
+        growing.main()
+    finally:
+        torch.set_num_threads(threads)
+    rows = {row["impl"]: row for row in table.latest([tmp_path / "growing.jsonl"])}
+    assert set(rows) == set(growing.BASES)
+    assert {impl for impl, row in rows.items() if "calls_added" in row["metrics"]} == {
+        impl for impl, base in growing.BASES.items() if base
+    }
+    assert set(rows["tpp-fused"]["speedup"]) == {"eager", "loop-tpp"} and rows["tpp"]["disagreement"] < 1e-6
+    assert rows["loop-tpp"]["metrics"]["calls_added"] > 10  # it works layer by layer
+    text = (tmp_path / "page.md").read_text()
+    assert text.count("| greg-2-fused |") == 1 and "at most 1.05x" in text and "NOT VERIFIED" in text
+
+
+def test_the_growing_page_shows_what_was_missed():
+    cost = {"over": "eager", "time": {"ratio": 1.06, "median": 1.06, "p20": 1.0, "p80": 1.1}, "peak": 1.005}
+    speedup = {"eager": {"ratio": 0.943}, "loop-tpp": {"ratio": 1.5}}
+    metrics = {"calls_added": 11, "our_calls": 2, "calls_added_update": 14, "our_calls_update": 3}
+    row = result("tpp", 1.0, cost=cost, speedup=speedup, metrics=metrics)
+    row["case"] |= {"net": "resnet56", "allocator": "tuned"}
+    text = growing.page([row])
+    cells = "1.060x (1.060, 1.000-1.100) | at most 1.05x | 1.500x | 1.0050x | 11 (2) | 14 (3) |"
+    assert f"| resnet56 | AMD EPYC | tuned | tpp | {cells}" in text
+    missed = [line for line in text.splitlines() if line.startswith("- resnet56")]
+    assert [line.split(": ")[1] for line in missed] == ["time 1.06, goal 1.05", "11 ATen calls added, goal 10"]
+    cost["time"]["ratio"], metrics["calls_added"] = 1.05, 10
+    assert "No goal was missed." in growing.page([row])
+
+
+def run_growing_cifar10(tmp_path, monkeypatch, *more):
+    argv = "bench --arch resnet20 --limit 40 --batch-size 20 --epochs-base 1 --epochs 1 --reg-step 0.5 --pick-step 0.01"
+    argv += f" --stabilize 4 --zero-out-interval 0 --runs {tmp_path} --out {tmp_path / 'growing'}"
+    monkeypatch.setattr(sys, "argv", [*argv.split(), *more])
+    monkeypatch.setattr(growing_cifar10.fp, "tune_cpu_memory", lambda: None)
+    threads = torch.get_num_threads()
+    try:
+        growing_cifar10.main()
+    finally:
+        torch.set_num_threads(threads)
+    return iterative.newest(tmp_path / "growing" / "rows.jsonl")
+
+
+def test_growing_on_images_runs_goes_on_and_writes_its_page(tmp_path, monkeypatch, capsys):
+    first = run_growing_cifar10(tmp_path, monkeypatch, "--seeds", "0", "--methods", "l1", "greg-1")
+    assert "done before" not in capsys.readouterr().out
+    rows = run_growing_cifar10(tmp_path, monkeypatch, "--seeds", "0", "1")
+    assert capsys.readouterr().out.count("done before") == 2 and rows[:2] == first
+    cases = [(row["case"]["method"], row["case"]["seed"]) for row in rows]
+    assert sorted(cases) == sorted((method, seed) for method in growing_cifar10.OPTIONS for seed in (0, 1))
+    for row in rows:
+        assert list(row["kept"].values()) == [1, 1, 1, 3, 3, 3, 6, 6, 6]  # what 0.9 leaves of 16, 32, 64
+        assert row["macs"] < row["base"]["macs"] / 5 and row["base"] == first[0]["base"]
+        assert row["acc_last"] <= row["acc_best"] and (row["steps"] > 0) == (row["case"]["method"] != "l1")
+    text = (tmp_path / "growing.md").read_text()
+    assert "3x1, 3x3, 3x6" in text and text.count("| tpp | 2 |") == 1 and "Seeds 0, 1." in text
+    assert text.count(" here, ") == len(growing_cifar10.CLAIMS)
+
+
+def test_growing_says_whether_the_papers_order_holds():
+    def runs(best, last):
+        return [{"acc_best": b, "acc_last": x} for b, x in zip(best, last, strict=True)]
+
+    of = {"l1": runs([0.5, 0.6], [0.4, 0.5]), "tpp": runs([0.6, 0.7], [0.4, 0.4]), "greg-1": runs([0.5, 0.4], [0, 0])}
+    first, second = growing_cifar10.verdicts(of)
+    assert "greg-1 above l1" in first and "does not hold here, -10.00 points" in first
+    assert "tpp above l1" in second and "holds here, +10.00 points after fine-tuning (last epoch -5.00)" in second
+
+
+def test_the_trainability_study_runs_and_writes_its_page(tmp_path, monkeypatch):
+    argv = (
+        "bench --seeds 0 1 --limit 300 --epochs-base 8 --epochs 2 --depth 4 --hidden 30 --reg-step 0.02 --stabilize 40"
+    )
+    argv += f" --zero-out-interval 10 --out {tmp_path / 'trainability.json'}"
+    monkeypatch.setattr(sys, "argv", argv.split())
+    threads = torch.get_num_threads()
+    try:
+        trainability.main()
+    finally:
+        torch.set_num_threads(threads)
+    found = json.loads((tmp_path / "trainability.json").read_text())
+    assert found["setup"]["layers"] == [[30, 64], [30, 30], [30, 30], [10, 30]]
+    assert found["setup"]["left"] == [[6, 64], [6, 6], [6, 6], [10, 6]]
+    assert len(found["rows"]) == 2 * 3 * 2
+    for row in found["rows"]:
+        if row["method"] == "l1+orthp":
+            assert abs(row["before"]["max"] - 1) < 1e-5
+        assert (row["steps"] > 0) == (row["method"] == "tpp") and 0 <= row["first"] <= row["best"] <= 1
+    text = (tmp_path / "trainability.md").read_text()
+    assert "Network 64-30-30-30-10" in text and "leaves 64-6-6-6-10" in text and text.count("| tpp |") == 2
 
 
 def test_committed_results_are_verified_and_name_no_place():

@@ -256,11 +256,18 @@ def main() -> None:
         args.page.write_text(page(table.latest(paths)))
 
 
+def need_kernels(device: str) -> None:
+    """Refuse to time the eager backends."""
+    backend = "triton" if device == "cuda" else "cpp"
+    x, w = torch.ones(1, 1, 1, 1, device=device), torch.ones(2, 2, device=device)
+    calls = {"batch_norm_act": (x, *[None] * 6), "growing_sgd": (w, [w], [w], [w]), "gram_penalty": (w, (w,))}
+    for op, call in calls.items():
+        if reason := backends.why_not(op, backend, *call):
+            raise SystemExit(f"bench: nothing to compare, backend {backend} of {op} cannot run here: {reason}")
+
+
 def run(args: argparse.Namespace) -> None:
-    backend = "triton" if args.device == "cuda" else "cpp"
-    x = torch.ones(1, 1, 1, 1, device=args.device)
-    if reason := backends.why_not("batch_norm_act", backend, x, *[None] * 6):
-        raise SystemExit(f"bench: nothing to compare, backend {backend} cannot run here: {reason}")
+    need_kernels(args.device)
     allocators = ("default", "tuned") if args.allocator == "both" else (args.allocator,)
     if args.device == "cuda":
         allocators = ("default",)
