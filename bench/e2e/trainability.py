@@ -135,7 +135,8 @@ def page(result: dict[str, Any]) -> str:
         f"{setup['epochs_base']} epochs from learning rate {setup['base_lr']:g}; ratio {setup['ratio']:g} leaves "
         f"{sizes(setup['left'])}. TPP: learning rate {setup['prune_lr']:g}, the coefficient {setup['reg_step']:g} more "
         f"every {setup['update_interval']} steps up to 1, {setup['stabilize']} steps more, a layer zeroed every "
-        f"{setup['zero_out_interval']}. Fine-tuning: {setup['epochs']} epochs; both divide the learning rate by 10 "
+        f"{setup['zero_out_interval']}: {max(row['steps'] for row in rows)} steps that the others do not have. "
+        f"Fine-tuning: {setup['epochs']} epochs; both divide the learning rate by 10 "
         f"after half and three quarters. Seeds {', '.join(map(str, setup['seeds']))}. {facts['device']}, torch "
         f"{facts['torch']}, commit {facts['commit']}{', uncommitted changes' if facts['dirty'] else ''}; "
         f"{facts['date'][:10]}.",
