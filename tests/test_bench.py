@@ -645,11 +645,13 @@ def test_the_trainability_study_runs_and_writes_its_page(tmp_path, monkeypatch):
     found = json.loads((tmp_path / "trainability.json").read_text())
     assert found["setup"]["layers"] == [[30, 64], [30, 30], [30, 30], [10, 30]]
     assert found["setup"]["left"] == [[6, 64], [6, 6], [6, 6], [10, 6]]
-    assert len(found["rows"]) == 2 * 3 * 2
+    assert len(found["rows"]) == 2 * 4 * 2
+    trained = {row["method"]: row["steps"] for row in found["rows"]}
+    assert trained["tpp"] <= trained["l1+steps"] < trained["tpp"] + 5
     for row in found["rows"]:
         if row["method"] == "l1+orthp":
             assert abs(row["before"]["max"] - 1) < 1e-5
-        assert (row["steps"] > 0) == (row["method"] == "tpp") and 0 <= row["first"] <= row["best"] <= 1
+        assert (row["steps"] > 0) == (row["method"] in ("tpp", "l1+steps")) and 0 <= row["first"] <= row["best"] <= 1
     text = (tmp_path / "trainability.md").read_text()
     assert "Network 64-30-30-30-10" in text and "leaves 64-6-6-6-10" in text and text.count("| tpp |") == 2
 
