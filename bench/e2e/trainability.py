@@ -192,7 +192,11 @@ def findings(dense: list[dict], rows: list[dict], lrs: list[float]) -> list[str]
             "recovering trainability before fine-tuning helps at the small learning rate",
             f"l1+orthp {recovered:+.2f} points over l1 at {low:g}",
         ),
-        (jsv["tpp"] > jsv["l1"], "TPP preserves trainability", f"mean JSV {jsv['tpp']:.3g}, l1 {jsv['l1']:.3g}"),
+        (
+            jsv["tpp"] > jsv["l1"],
+            "TPP preserves trainability",
+            f"mean JSV {jsv['tpp']:.3g}, l1 {jsv['l1']:.3g}, l1+steps {jsv['l1+steps']:.3g}",
+        ),
     ]
     for lr, other in itertools.product(dict.fromkeys((high, low)), ("l1", "l1+steps")):
         ahead = best["tpp", lr] - best[other, lr]
