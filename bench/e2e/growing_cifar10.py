@@ -142,8 +142,8 @@ def page(rows: list[dict]) -> str:
         "[growing_cifar10/rows.jsonl](growing_cifar10/rows.jsonl). All methods start from the same weights, remove the",
         "same number of channels per layer and are fine-tuned in the same way; `l1` removes at once, the others train",
         "while their penalty grows, for the steps given. Accuracies are of the compacted network, on the test images,",
-        "in per cent: mean ± standard deviation over the seeds. Not comparable with the published tables: the",
-        "schedules are a small part of the authors'.",
+        "in per cent: mean ± standard deviation over the seeds, which order the batches. Not comparable with the",
+        "published tables: the schedules are a small part of the authors'.",
     ]
     of_setup: dict[str, list[dict]] = {}
     for row in rows:
@@ -160,7 +160,7 @@ def section(rows: list[dict]) -> list[str]:
     commits = sorted({row["provenance"]["commit"] + "+" * row["provenance"]["dirty"] for row in rows})
     text = [
         "",
-        f"## {case['images']}, {case['arch']}, ratio {case['ratio']}",
+        f"## {case['images']}, {case['arch']}, ratio `{case['ratio']}`",
         "",
         f"{case['training_images']} training images, batches of {case['batch_size']}, weight decay "
         f"{case['weight_decay']:g}, momentum 0.9. Base: {case['epochs_base']} epochs from learning rate "
@@ -213,9 +213,10 @@ def verdicts(by_method: dict[str, list[dict]]) -> list[str]:
                 100 * (mean_of(by_method[better], key) - mean_of(by_method[worse], key))
                 for key in ("acc_best", "acc_last")
             )
+            verdict = "holds" if best > 0 else "undecided" if best == 0 else "does not hold"
             text.append(
-                f"- {better} above {worse} ({published}): {'holds' if best > 0 else 'does not hold'} here, {best:+.2f} "
-                f"points after fine-tuning (last epoch {last:+.2f})."
+                f"- {better} above {worse} ({published}): {verdict} here, {best:+.2f} points after fine-tuning (last "
+                f"epoch {last:+.2f})."
             )
     return text
 
