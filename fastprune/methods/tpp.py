@@ -238,7 +238,7 @@ def _gram_penalty(
     weights: Sequence[nn.Parameter], plan: GramPlan, cut: float, kept: float, weight: float = 1.0
 ) -> Tensor:
     with torch.no_grad():
-        value, grads = value_and_grad(weights, plan, cut, kept, None, _backend(weights))
+        value, grads = value_and_grad(weights, plan, cut, kept, None, _backend(weights, "rows"))
     return penalty_of(value, weights, grads, weight)
 
 
@@ -252,9 +252,9 @@ def _orthogonality(
 ) -> Tensor:
     args = kind, references, strides, paddings, kind == "conv"
     with torch.no_grad():
-        value, grads = orthogonality_value_and_grad(weights, *args, _backend(weights))
+        value, grads = orthogonality_value_and_grad(weights, *args, _backend([*weights, *references], kind))
     return penalty_of(value, weights, grads, weight)
 
 
-def _backend(weights: Sequence[nn.Parameter]) -> str:
-    return backends.select("gram_penalty", None, weights[0], tuple(weights))
+def _backend(tensors: Sequence[Tensor], kind: str) -> str:
+    return backends.select("gram_penalty", None, tensors[0], tuple(tensors), kind)
