@@ -75,22 +75,25 @@ class GrowingSGD(torch.optim.SGD):
         Raises:
             ValueError: A tensor that is no parameter of this optimizer, or one that does not fit its parameter.
         """
-        self._reg = self._checked("reg", reg or {}, self._reg)
-        self._keep = self._checked("keep", keep or {}, self._keep)
+        checked = self._checked("reg", reg or {}, self._reg), self._checked("keep", keep or {}, self._keep)
+        self._reg, self._keep = checked
 
     def _checked(self, name: str, new: Mapping[Tensor, Tensor], old: Constraints) -> Constraints:
+        checked: Constraints = {}
         known: set[int] = set()
         for p, t in new.items():
-            if id(p) in old and old[id(p)][1] is t:
-                continue
-            known = known or {id(q) for group in self.param_groups for q in group["params"]}
-            if id(p) not in known:
-                raise ValueError(
-                    f"GrowingSGD.constrain: {name} has a tensor {tuple(p.shape)} that is none of the parameters of "
-                    "this optimizer; add_param_group() it first"
-                )
-            check_broadcast("GrowingSGD.constrain", f"{name} of a parameter", t, p, mask=name == "keep")
-        return {id(p): (p, t) for p, t in new.items()}
+            pair = old.get(id(p))
+            if pair is None or pair[1] is not t:
+                known = known or {id(q) for group in self.param_groups for q in group["params"]}
+                if id(p) not in known:
+                    raise ValueError(
+                        f"GrowingSGD.constrain: {name} has a tensor {tuple(p.shape)} that is none of the parameters of "
+                        "this optimizer; add_param_group() it first"
+                    )
+                check_broadcast("GrowingSGD.constrain", f"{name} of a parameter", t, p, mask=name == "keep")
+                pair = p, t
+            checked[id(p)] = pair
+        return checked
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
