@@ -98,6 +98,13 @@ def _filter_norm(inputs: list[Tensor], backend: str) -> list[Tensor]:
     return [ops.filter_norm(inputs[:2], kind, dim, backend) / size for kind in ("l1", "l2", "sum") for dim in (0, 1)]
 
 
+def _gram_penalty(inputs: list[Tensor], backend: str) -> list[Tensor]:
+    weights = [t.clone().requires_grad_() for t in inputs[:2]]
+    keep = [torch.arange(len(w), device=w.device) % 2 > 0 for w in weights]
+    value = ops.gram_penalty(weights, keep, kept=0.5, backend=backend) / weights[0][0].numel() ** 2
+    return [value, *torch.autograd.grad(value, weights)]
+
+
 def _weight_taylor(inputs: list[Tensor], backend: str) -> list[Tensor]:
     return [ops.weight_taylor(inputs[:2], inputs[1:3], backend) / inputs[0][0].numel()]
 
@@ -131,6 +138,7 @@ CHECKS = {
     "filter_norm": _filter_norm,
     "gate_sums": _gate_sums,
     "growing_sgd": _growing_sgd,
+    "gram_penalty": _gram_penalty,
     "masked_conv2d": _masked_conv2d,
     "scale_penalty": _scale_penalty,
     "weight_taylor": _weight_taylor,

@@ -35,6 +35,7 @@ def aot_check(*args: str) -> subprocess.CompletedProcess:
         ("--arch", "sm_90,gfx942", "--dtype", "fp32,fp64", "--kernel", "gate_sums"),
         ("--arch", "sm_80,gfx942", "--dtype", "fp64", "--kernel", "growing_sgd"),
         ("--arch", "sm_80,gfx942", "--dtype", "fp32", "--kernel", "masked_conv2d"),
+        ("--arch", "sm_80,gfx942", "--dtype", "fp32,bf16", "--kernel", "gram_penalty"),
     ],
     ids=" ".join,
 )
