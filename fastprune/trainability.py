@@ -83,9 +83,9 @@ def orthogonalise(model: nn.Module) -> nn.Module:
     """Replace the weight of each linear layer and convolution, in place, by the nearest orthogonal matrix.
 
     A convolution's kernel is taken as one row per output channel.  Nearest in the Frobenius norm: with singular value
-    decomposition W = U S V', it is U V', whose rows are orthonormal, or its columns where there are fewer.  In a linear
-    network this restores trainability completely, which is what pruning methods that preserve it are measured against
-    (OrthP in arXiv:2207.12534).
+    decomposition W = U S V', it is U V', whose rows are orthonormal, or its columns where there are fewer.  A linear
+    network in which no layer is wider than the one before, or none narrower, gets singular values of 1 throughout: what
+    methods that preserve trainability are measured against (OrthP in arXiv:2207.12534).
 
     Returns: ``model``.
     """

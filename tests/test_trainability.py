@@ -128,6 +128,13 @@ def test_orthogonal_layers_are_an_isometry():
     assert found == pytest.approx({"mean": 1, "std": 0, "max": 1, "min": 1, "condition_number": 1}, abs=1e-12)
 
 
+@pytest.mark.parametrize("sizes, isometry", [((9, 6, 4), True), ((4, 6, 9), True), ((6, 9, 4), False)])
+def test_orthogonal_layers_that_widen_and_narrow_are_none(sizes, isometry):
+    model = orthogonalise(nn.Sequential(*(nn.Linear(a, b) for a, b in pairwise(sizes))).double())
+    found = trainability(model, torch.randn(1, sizes[0], dtype=torch.float64))
+    assert (abs(found["min"] - 1) < 1e-12) == isometry and found["max"] < 1 + 1e-12
+
+
 def test_orthogonalise_finds_the_nearest():
     conv, linear = nn.Conv2d(4, 3, 2).double(), nn.Linear(3, 5).double()
     before = [m.weight.detach().flatten(1).clone() for m in (conv, linear)]

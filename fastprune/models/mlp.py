@@ -38,8 +38,8 @@ class MLP(nn.Module):
 def init_orthogonal(model: nn.Module) -> None:
     """Orthonormal rows, or columns where there are fewer, in each linear layer; biases 0.
 
-    Every singular value of a linear network's Jacobian is then 1, unless a layer within is narrower than both ends
-    (Saxe et al., arXiv:1312.6120).
+    Every singular value of a linear network's Jacobian is then 1, if no layer is wider than the one before, or none
+    narrower (Saxe et al., arXiv:1312.6120).
     """
     for m in model.modules():
         if isinstance(m, nn.Linear):
