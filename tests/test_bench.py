@@ -16,11 +16,8 @@ from bench.e2e import growing, growing_cifar10, iterative, statistics, step, tra
 from bench.ops import batch_norm_act as op_bench
 from bench.ops import channel_gate as gate_bench
 from bench.ops import filter_norm as filter_bench
-<<<<<<< HEAD
 from bench.ops import growing_sgd as sgd_bench
-=======
 from bench.ops import gram_penalty as gram_bench
->>>>>>> 73293de (Bench and document gram_penalty)
 from bench.ops import masked_conv2d as conv_bench
 from fastprune import backends, models
 
@@ -283,7 +280,6 @@ def test_the_filter_bench_compares_equals(what):
     torch.testing.assert_close(torch.cat(calls[filter_bench.EAGER]()), calls[filter_bench.OURS]())
 
 
-<<<<<<< HEAD
 def test_the_optimizer_bench_compares_equals():
     calls = sgd_bench.contestants([torch.randn(4, 3, 3, 3), torch.randn(5, 4), torch.randn(6)])
     for names in ((sgd_bench.LOOP, sgd_bench.OURS), (sgd_bench.FOREACH, sgd_bench.FUSED, sgd_bench.PLAIN)):
@@ -291,7 +287,8 @@ def test_the_optimizer_bench_compares_equals():
         for other in others:
             torch.testing.assert_close(other, first)
     assert not first[0][:1].equal(calls[sgd_bench.OURS]()[0][:1])  # the first filter is cut
-=======
+
+
 def test_the_gram_bench_compares_equals_and_counts_products():
     weights, keep = [torch.randn(4, 3, 3, 3), torch.randn(5, 4, 1, 1)], [torch.arange(4) > 2, torch.ones(5).bool()]
     values, grads = zip(*(call() for call in gram_bench.contestants(weights, keep, "eager").values()), strict=True)
@@ -299,7 +296,6 @@ def test_the_gram_bench_compares_equals_and_counts_products():
     torch.testing.assert_close(*grads)
     # 3 of 4 cut, 27 columns: 6 + 3 products for G, 12 + 3 for the gradient
     assert gram_bench.operations(weights, keep) == {"eager": 6 * (16 * 27 + 25 * 4), "fastprune": 2 * 27 * 24}
->>>>>>> 73293de (Bench and document gram_penalty)
 
 
 def test_the_op_bench_runs_and_files_its_rows(tmp_path, monkeypatch, capsys):

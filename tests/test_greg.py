@@ -189,6 +189,20 @@ def test_coefficients_act_between_two_updates_and_not_after_the_cut():
     assert torch.equal(model.norms[1].weight, torch.ones(8, dtype=torch.float64)), "batch norm is not touched"
 
 
+@pytest.mark.parametrize("group", ["filter", "weight"])
+def test_frozen_parameters_are_left_out_of_the_step(group):
+    model = net()
+    model.b.weight.requires_grad_(False)
+    method = fp.create("greg-1", model, X, ratio=RATIO, **short("greg-1", group=group))
+    optimizer = fp.optim.GrowingSGD([p for p in model.parameters() if p.requires_grad], lr=1e-2, momentum=0.9)
+    before = model.b.weight.clone()
+    train(model, method, optimizer, steps=3)
+    assert model.b.weight not in method.reg and torch.equal(model.b.weight, before)
+    train(model, method, optimizer)
+    train(model, method, optimizer, steps=2)
+    assert model.b.weight not in method.held and (model.b.weight == 0).any(), "cut all the same"
+
+
 # --- resuming ------------------------------------------------------------------------------------------------------
 
 

@@ -189,6 +189,7 @@ class Method:
                 if isinstance(entry, Tensor) and entry.shape == p.shape:
                     entry.mul_(stays)
         self._zero_held()
+        self.held = {p: stays for p, stays in self.held.items() if p.requires_grad}  # nothing moves a frozen one
 
     def _zero_held(self) -> None:
         for params in alike(self.held):

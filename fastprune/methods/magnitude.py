@@ -62,6 +62,7 @@ class MagnitudeMethod(Method):
     Options = MagnitudeOptions
     scope = "local"
     order: ClassVar[str] = "min"
+    finished = True  # there is nothing to wait for
 
     # What is scored
 
