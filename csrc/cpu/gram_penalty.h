@@ -14,11 +14,18 @@ struct GramLayer {
   void* const* grads;                         // (n,), of `width` elements; read for [0, grad_rows)
   int64_t n, first, depth, width, grad_rows;  // gradients are of the first `width` elements
   double weight[3], target[3];                // of 0 x 0, 0 x 1 and 1 x 1
-  void* matrix;   // gram_matrix_size(n) elements: weight (G - target), written where it is needed
+  void* matrix;   // gram_matrix_size() elements: weight (G - target), written where it is needed
   double factor;  // gradient = factor * matrix * A
 };
 
-constexpr int64_t gram_matrix_size(int64_t n) { return n * (n + 32); }  // panels are 16 rows high at most
+// What the panels of both groups can take: 16 rows high at most, over the columns that are not zero throughout.
+inline int64_t gram_matrix_size(const GramLayer& a) {
+  const int64_t last = a.n - a.first;
+  const auto columns = [&](int group) {
+    return (a.weight[group] != 0 ? a.first : 0) + (a.weight[group + 1] != 0 ? last : 0);
+  };
+  return (a.first + 16) * columns(0) + (last + 16) * columns(1);
+}
 
 // Rows [i, i + rows) x rows [j, j + columns) of G, each within one group; i >= j.
 struct GramBlock {

@@ -118,7 +118,7 @@ std::vector<double> evaluate(const std::vector<Term>& terms, const std::vector<d
         std::memset(t.grads[static_cast<size_t>(i)], 0, static_cast<size_t>(t.width * itemsize));
       continue;
     }
-    matrices += gram_matrix_size(n);
+    matrices += gram_matrix_size(a);
     most = std::max(most, n);
     for (int64_t k = 0; k < t.width; k += kGramStrip) strips.push_back({index, k, std::min(kGramStrip, t.width - k)});
   }
@@ -136,7 +136,7 @@ std::vector<double> evaluate(const std::vector<Term>& terms, const std::vector<d
   std::vector<char> busy(layers.size());
   for (const GramBlock& b : blocks) busy[static_cast<size_t>(b.layer)] = 1;
   for (size_t i = 0; i < layers.size(); ++i)
-    if (busy[i]) layers[i].matrix = next, next += gram_matrix_size(layers[i].n) * itemsize;
+    if (busy[i]) layers[i].matrix = next, next += gram_matrix_size(layers[i]) * itemsize;
   const auto& kernel = kernels[cpu_isa()];
   if (tasks > 0) {
     kernel[0](call);
