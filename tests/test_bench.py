@@ -16,8 +16,8 @@ from bench.e2e import growing, growing_cifar10, iterative, statistics, step, tra
 from bench.ops import batch_norm_act as op_bench
 from bench.ops import channel_gate as gate_bench
 from bench.ops import filter_norm as filter_bench
-from bench.ops import growing_sgd as sgd_bench
 from bench.ops import gram_penalty as gram_bench
+from bench.ops import growing_sgd as sgd_bench
 from bench.ops import masked_conv2d as conv_bench
 from fastprune import backends, models
 
