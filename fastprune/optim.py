@@ -65,7 +65,7 @@ class GrowingSGD(torch.optim.SGD):
 
         Tensors are kept by reference: a caller that changes them in place need not call again, and calling again with
         the same ones costs next to nothing.  They are no part of ``state_dict``.  After :func:`fastprune.compact`, call
-        with tensors of the new sizes.
+        with tensors of the new sizes.  Like everything in a step, they leave a parameter without a gradient alone.
 
         Args:
             reg: Parameter to additional weight decay: the parameter's number of dimensions, each of size 1 or the

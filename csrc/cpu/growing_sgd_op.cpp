@@ -24,7 +24,9 @@ Order order_of(const Tensor& t) {
   for (size_t d = 0; d < sizes.size(); ++d)
     if (sizes[d] != 1) order.dims[order.count++] = static_cast<int64_t>(d);
   if (t.is_contiguous()) return order;
-  std::sort(order.dims, order.dims + order.count, [&](int64_t a, int64_t b) { return strides[a] > strides[b]; });
+  for (int i = 1; i < order.count; ++i)  // gcc 12 warns about std::sort of so few
+    for (int j = i; j > 0 && strides[order.dims[j]] > strides[order.dims[j - 1]]; --j)
+      std::swap(order.dims[j], order.dims[j - 1]);
   int64_t expected = 1;
   for (int i = order.count; i-- > 0; expected *= sizes[order.dims[i]])
     STD_TORCH_CHECK(strides[order.dims[i]] == expected, "tensors must be dense, got shape ", shape_string(t),
@@ -92,53 +94,48 @@ float value(const std::optional<Tensor>& t) {
   return *static_cast<const float*>(t->data_ptr());
 }
 
-class Tensors {
- public:
-  // Describes params; each of `alike` is empty or has a tensor like each.
-  Tensors(const std::vector<Tensor>& params, const std::vector<Tensor>& grads, const std::vector<Tensor>& momenta)
-      : params_(params), work(params.size()) {
-    STD_TORCH_CHECK(!params.empty(), "expected at least one tensor, got none");
-    STD_TORCH_CHECK(
-        (grads.empty() || grads.size() == params.size()) && (momenta.empty() || momenta.size() == params.size()),
-        "expected a gradient and a buffer for each of ", params.size(), " params, got ", grads.size(), " and ",
-        momenta.size());
-    const ScalarType dtype = params[0].scalar_type();
-    aux_ = dtype == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
-    orders_.reserve(params.size());
-    for (size_t i = 0; i < params.size(); ++i) {
-      FP_CHECK_CPU(params[i]);
-      FP_CHECK_DTYPE(params[i], dtype, "of one dtype");
-      orders_.push_back(order_of(params[i]));
-      work[i].param = params[i].data_ptr();
-      work[i].size = params[i].numel();
-      if (!grads.empty()) work[i].grad = data_of(grads[i], params[i], dtype);
-      if (!momenta.empty()) work[i].momentum = data_of(momenta[i], params[i], dtype);
-    }
+// t, which must be like `param` in memory.
+void* data_of(const Tensor& t, const Tensor& param, ScalarType dtype) {
+  const auto sizes = t.sizes(), strides = t.strides();  // four calls of the shim, where a look at each is thirty
+  const auto same = [](const auto& a, const auto& b) { return std::equal(a.begin(), a.end(), b.begin(), b.end()); };
+  if (!t.is_cpu() || t.scalar_type() != dtype || !same(sizes, param.sizes()) || !same(strides, param.strides()))
+    FP_CHECK_LIKE(t, param);
+  return t.data_ptr();
+}
+
+// Grads and momenta may be empty.
+std::vector<SgdTensor> describe(const std::vector<Tensor>& params, const std::vector<Tensor>& grads,
+                                const std::vector<Tensor>& momenta) {
+  STD_TORCH_CHECK(!params.empty(), "expected at least one tensor, got none");
+  STD_TORCH_CHECK(
+      (grads.empty() || grads.size() == params.size()) && (momenta.empty() || momenta.size() == params.size()),
+      "expected a gradient and a buffer for each of ", params.size(), " params, got ", grads.size(), " and ",
+      momenta.size());
+  std::vector<SgdTensor> tensors(params.size());
+  const ScalarType dtype = params[0].scalar_type();
+  for (size_t i = 0; i < params.size(); ++i) {
+    const Tensor& param = params[i];
+    FP_CHECK_CPU(param);
+    FP_CHECK_DTYPE(param, dtype, "of one dtype");
+    if (param.dim() > kMaxDims || !param.is_contiguous()) order_of(param);  // checks it
+    tensors[i].param = param.data_ptr();
+    tensors[i].size = param.numel();
+    if (!grads.empty()) tensors[i].grad = data_of(grads[i], param, dtype);
+    if (!momenta.empty()) tensors[i].momentum = data_of(momenta[i], param, dtype);
   }
+  return tensors;
+}
 
-  static void* data_of(const Tensor& t, const Tensor& param, ScalarType dtype) {
-    const auto sizes = t.sizes(), strides = t.strides();  // four calls of the shim, where a look at each is thirty
-    const auto same = [](const auto& a, const auto& b) { return std::equal(a.begin(), a.end(), b.begin(), b.end()); };
-    if (!t.is_cpu() || t.scalar_type() != dtype || !same(sizes, param.sizes()) || !same(strides, param.strides()))
-      FP_CHECK_LIKE(t, param);
-    return t.data_ptr();
-  }
-
-  void add(const Tensor& t, int64_t at, SpreadOut SgdTensor::* part) {
-    STD_TORCH_CHECK(at >= 0 && at < static_cast<int64_t>(work.size()), "position ", at, " is not one of ", work.size(),
-                    " params");
-    const size_t i = static_cast<size_t>(at);
-    work[i].*part = spread_out(t, params_[i], orders_[i], part == &SgdTensor::keep ? ScalarType::Bool : aux_);
-  }
-
- private:
-  const std::vector<Tensor>& params_;
-  std::vector<Order> orders_;
-  ScalarType aux_;
-
- public:
-  std::vector<SgdTensor> work;
-};
+void add(std::vector<SgdTensor>& tensors, const std::vector<Tensor>& params, const Tensor& t, int64_t at,
+         SpreadOut SgdTensor::* part) {
+  STD_TORCH_CHECK(at >= 0 && at < static_cast<int64_t>(tensors.size()), "position ", at, " is not one of ",
+                  tensors.size(), " params");
+  const Tensor& param = params[static_cast<size_t>(at)];
+  const ScalarType dtype = part == &SgdTensor::keep                    ? ScalarType::Bool
+                           : param.scalar_type() == ScalarType::Double ? ScalarType::Double
+                                                                       : ScalarType::Float;
+  tensors[static_cast<size_t>(at)].*part = spread_out(t, param, order_of(param), dtype);
+}
 
 void growing_sgd(const std::vector<Tensor>& params, const std::vector<Tensor>& grads,
                  const std::vector<Tensor>& momenta, const std::vector<Tensor>& reg, const std::vector<int64_t>& reg_at,
@@ -148,13 +145,13 @@ void growing_sgd(const std::vector<Tensor>& params, const std::vector<Tensor>& g
   STD_TORCH_CHECK(!grads.empty() && momenta.empty() == (momentum == 0) && reg.size() == reg_at.size() &&
                       keep.size() == keep_at.size(),
                   "expected gradients, buffers with a momentum and only then, and a position for each reg and keep");
-  Tensors tensors(params, grads, momenta);
-  for (size_t i = 0; i < reg.size(); ++i) tensors.add(reg[i], reg_at[i], &SgdTensor::reg);
-  for (size_t i = 0; i < keep.size(); ++i) tensors.add(keep[i], keep_at[i], &SgdTensor::keep);
+  std::vector<SgdTensor> tensors = describe(params, grads, momenta);
+  for (size_t i = 0; i < reg.size(); ++i) add(tensors, params, reg[i], reg_at[i], &SgdTensor::reg);
+  for (size_t i = 0; i < keep.size(); ++i) add(tensors, params, keep[i], keep_at[i], &SgdTensor::keep);
   if (found_inf && value(found_inf) != 0) return;
   const double unscale = grad_scale ? 1 / static_cast<double>(value(grad_scale)) : 1;
-  run(tensors.work, {nullptr, 0, SgdWork::kStep, type_of(params[0]), -lr, momentum, 1 - dampening, weight_decay,
-                     unscale, nesterov, maximize, first, nullptr});
+  run(tensors, {nullptr, 0, SgdWork::kStep, type_of(params[0]), -lr, momentum, 1 - dampening, weight_decay, unscale,
+                nesterov, maximize, first, nullptr});
 }
 
 SgdStep only(SgdWork work, const Tensor& like) {
@@ -164,17 +161,17 @@ SgdStep only(SgdWork work, const Tensor& like) {
 void grow_grads(const std::vector<Tensor>& params, const std::vector<Tensor>& grads, const std::vector<Tensor>& reg) {
   STD_TORCH_CHECK(!grads.empty() && reg.size() == params.size(), "expected a gradient and a reg for each of ",
                   params.size(), " params, got ", grads.size(), " and ", reg.size());
-  Tensors tensors(params, grads, {});
-  for (size_t i = 0; i < reg.size(); ++i) tensors.add(reg[i], static_cast<int64_t>(i), &SgdTensor::reg);
-  run(tensors.work, only(SgdWork::kGrow, params[0]));
+  std::vector<SgdTensor> tensors = describe(params, grads, {});
+  for (size_t i = 0; i < reg.size(); ++i) add(tensors, params, reg[i], static_cast<int64_t>(i), &SgdTensor::reg);
+  run(tensors, only(SgdWork::kGrow, params[0]));
 }
 
 void hold(const std::vector<Tensor>& held, const std::vector<Tensor>& keep) {
   STD_TORCH_CHECK(keep.size() == held.size(), "expected a mask for each of ", held.size(), " tensors, got ",
                   keep.size());
-  Tensors tensors(held, {}, {});
-  for (size_t i = 0; i < keep.size(); ++i) tensors.add(keep[i], static_cast<int64_t>(i), &SgdTensor::keep);
-  run(tensors.work, only(SgdWork::kHold, held[0]));
+  std::vector<SgdTensor> tensors = describe(held, {}, {});
+  for (size_t i = 0; i < keep.size(); ++i) add(tensors, held, keep[i], static_cast<int64_t>(i), &SgdTensor::keep);
+  run(tensors, only(SgdWork::kHold, held[0]));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fastprune, CPU, m) {
