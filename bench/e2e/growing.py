@@ -261,7 +261,7 @@ def need_kernels(device: str) -> None:
     """Refuse to time the eager backends."""
     backend = "triton" if device == "cuda" else "cpp"
     x, w = torch.ones(1, 1, 1, 1, device=device), torch.ones(2, 2, device=device)
-    calls = {"batch_norm_act": (x, *[None] * 6), "growing_sgd": (w, [w], [w], [w]), "gram_penalty": (w, (w,))}
+    calls = {"batch_norm_act": (x, *[None] * 6), "growing_sgd": (w, [w], [w], [w]), "gram_penalty": (w, (w,), "rows")}
     for op, call in calls.items():
         if reason := backends.why_not(op, backend, *call):
             raise SystemExit(f"bench: nothing to compare, backend {backend} of {op} cannot run here: {reason}")
