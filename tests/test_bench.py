@@ -626,6 +626,8 @@ def test_growing_on_images_runs_goes_on_and_writes_its_page(tmp_path, monkeypatc
         assert list(row["kept"].values()) == [1, 1, 1, 3, 3, 3, 6, 6, 6]  # what 0.9 leaves of 16, 32, 64
         assert row["macs"] < row["base"]["macs"] / 5 and row["base"] == first[0]["base"]
         assert row["acc_last"] <= row["acc_best"] and (row["steps"] > 0) == (row["case"]["method"] != "l1")
+    steps = {row["case"]["method"]: row["steps"] for row in rows}
+    assert steps["l1+steps"] == steps["tpp"]
     text = (tmp_path / "growing.md").read_text()
     assert "3x1, 3x3, 3x6" in text and text.count("| tpp | 2 |") == 1 and "Seeds 0, 1." in text
     assert text.count(" here, ") == len(growing_cifar10.CLAIMS)
@@ -657,7 +659,7 @@ def test_the_trainability_study_runs_and_writes_its_page(tmp_path, monkeypatch):
     assert found["setup"]["left"] == [[6, 64], [6, 6], [6, 6], [10, 6]]
     assert len(found["rows"]) == 2 * 4 * 2
     trained = {row["method"]: row["steps"] for row in found["rows"]}
-    assert trained["tpp"] <= trained["l1+steps"] < trained["tpp"] + 5
+    assert trained["tpp"] == trained["l1+steps"]
     for row in found["rows"]:
         if row["method"] == "l1+orthp":
             assert abs(row["before"]["max"] - 1) < 1e-5

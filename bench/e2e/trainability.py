@@ -21,7 +21,6 @@ import argparse
 import copy
 import itertools
 import json
-import math
 import statistics
 from pathlib import Path
 from typing import Any
@@ -30,7 +29,7 @@ import torch
 from torch import nn
 
 import fastprune as fp
-from bench.e2e.growing_cifar10 import grow, mean_std
+from bench.e2e.growing_cifar10 import endless, grow, mean_std, steps_of_tpp
 from bench.e2e.iterative import example_of
 from bench.harness import ROOT, provenance
 from fastprune.train import evaluate, fit, multistep
@@ -42,37 +41,36 @@ MEASURES = ("mean", "min", "max", "condition_number")
 
 
 def train(
-    args: argparse.Namespace, model: nn.Module, data: fp.data.ImageSet, epochs: int, lr: float, seed: int,
-    decay: bool = True,
-) -> list[float]:  # fmt: skip
+    args: argparse.Namespace, model: nn.Module, data: fp.data.ImageSet, epochs: int, lr: float, seed: int
+) -> list:
     """Plain SGD, a tenth of the learning rate after half and after three quarters; accuracy after each epoch."""
     optimizer = torch.optim.SGD(model.parameters(), lr, momentum=0.9, weight_decay=args.weight_decay, foreach=True)
     history = fit(
         model, data.loaders(args.batch_size, seed), epochs=epochs, optimizer=optimizer,
-        schedule=multistep(optimizer, epochs) if decay else None, progress=False,
+        schedule=multistep(optimizer, epochs), progress=False,
     )  # fmt: skip
     return [row["test_acc"] for row in history]
 
 
 def prune(args: argparse.Namespace, model: nn.Module, data: fp.data.ImageSet, name: str, seed: int) -> int:
     """In place; the number of training steps it took."""
-    example, batches, steps = example_of(data), data.loaders(args.batch_size, seed).train, 0
+    example, batches, steps = example_of(data), endless(data.loaders(args.batch_size, seed).train), 0
     options = {"ratio": args.ratio, "scope": "local"}
     if name == "tpp":
         names = ("update_interval", "reg_step", "stabilize", "zero_out_interval")
         method = fp.create("tpp", model, example, **options, **{key: getattr(args, key) for key in names})
         optimizer = fp.optim.GrowingSGD(model.parameters(), args.prune_lr, momentum=0.9, weight_decay=args.weight_decay)
-        steps = grow(model, method, optimizer, itertools.chain.from_iterable(itertools.repeat(batches)))
+        steps = grow(model, method, optimizer, batches)
     else:
         method = fp.create("l1", model, example, **options)
     fp.compact(model, method.keep_masks(), example)
     if name == "l1+orthp":
         orthogonalise(model)
     elif name == "l1+steps":
-        growing = math.ceil(1 / args.reg_step) * args.update_interval + args.stabilize + 1  # of tpp
-        epochs = math.ceil(growing / len(batches))
-        train(args, model, data, epochs, args.prune_lr, seed, decay=False)
-        steps = epochs * len(batches)
+        optimizer = torch.optim.SGD(
+            model.parameters(), args.prune_lr, momentum=0.9, weight_decay=args.weight_decay, foreach=True
+        )
+        steps = grow(model, None, optimizer, batches, steps_of_tpp(args))
     return steps
 
 
