@@ -237,6 +237,17 @@ def test_two_runs_agree_bit_for_bit(backend):
         torch.set_num_threads(threads)
 
 
+@pytest.mark.parametrize("backend", COMPILED)
+def test_weights_that_moved_or_changed_are_read_where_they_are_now(backend):
+    """Triton keeps tables of addresses between calls."""
+    first = [w.detach() for w in draw([(20, 4), (5, 2, 3, 3)], torch.float32, device=device_for(backend))]
+    plans = [ops.gram_plan([torch.arange(20) > k, torch.arange(5) > 2], device_for(backend)) for k in (9, 15)]
+    for weights in (first, [2 * w for w in first], [w.mul_(3) for w in first], [w.flip(0).contiguous() for w in first]):
+        for plan in plans:
+            got, want = (ops.gram_penalty(weights, plan, backend=b) for b in (backend, "eager"))
+            torch.testing.assert_close(got, want)
+
+
 # ---- as PyTorch ops
 
 

@@ -18,8 +18,9 @@ FilterWeight describe(const Tensor& w, const Tensor& first, int64_t dim) {
                   "weights must have 2 to 5 dimensions and one dtype, got ", shape_string(w), " ",
                   torch::headeronly::toString(w.scalar_type()));
   const bool nchw = w.is_contiguous();
-  STD_TORCH_CHECK(nchw || has_channels_last_rows(w), "weights must be contiguous or channels_last without gaps, got shape ",
-                  shape_string(w), " with strides ", strides_string(w));
+  STD_TORCH_CHECK(nchw || has_channels_last_rows(w),
+                  "weights must be contiguous or channels_last without gaps, got shape ", shape_string(w),
+                  " with strides ", strides_string(w));
   int64_t pixels = 1;
   for (int64_t d = 2; d < w.dim(); ++d) pixels *= w.size(d);
   if (dim == 0) return {w.data_ptr(), nullptr, 1, w.size(0), w.size(1) * pixels, nullptr};
