@@ -109,15 +109,11 @@ struct Panels {
   int64_t first, from, to;
 
   FP_INLINE Panels(const GramLayer& a, int group)
-      : data(static_cast<T*>(a.matrix)),
-        first(group ? a.first : 0),
-        from(a.weight[group] != 0 ? 0 : a.first),
-        to(a.weight[group + 1] != 0 ? a.n : a.first) {
-    if (group) {
-      const Panels before(a, 0);
-      data += divide_up(a.first, kPanel) * kPanel * (before.to - before.from);
-    }
+      : data(static_cast<T*>(a.matrix)), first(group ? a.first : 0), from(begin(a, group)), to(end(a, group)) {
+    if (group) data += divide_up(a.first, kPanel) * kPanel * (end(a, 0) - begin(a, 0));  // behind those of group 0
   }
+  static FP_INLINE int64_t begin(const GramLayer& a, int group) { return a.weight[group] != 0 ? 0 : a.first; }
+  static FP_INLINE int64_t end(const GramLayer& a, int group) { return a.weight[group + 1] != 0 ? a.n : a.first; }
   // Column j of the panel that row i is in; rows of a panel are side by side.
   FP_INLINE T* at(int64_t i, int64_t j) const {
     return data + ((i - first) / kPanel * (to - from) + (j - from)) * kPanel;
