@@ -64,8 +64,8 @@ class GrowingSGD(torch.optim.SGD):
         """Say what to regularise and what to hold at zero from the next step on, in place of what was said before.
 
         Tensors are kept by reference: a caller that changes them in place need not call again, and calling again with
-        the same ones costs next to nothing.  They are no part of ``state_dict``.  After :func:`fastprune.compact`, call
-        with tensors of the new sizes.  Like everything in a step, they leave a parameter without a gradient alone.
+        the same ones costs next to nothing.  They are no part of ``state_dict``.  :func:`fastprune.compact` replaces
+        them by what is left of them.  Like everything in a step, they leave a parameter without a gradient alone.
 
         Args:
             reg: Parameter to additional weight decay: the parameter's number of dimensions, each of size 1 or the

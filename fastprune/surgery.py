@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from fastprune.errors import GraphError
 from fastprune.nn import MaskedConv2d
+from fastprune.optim import GrowingSGD
 
 TOLERANCE = 1e-9  # of the largest output, in float64: a different order of summation stays far below
 Plan = dict[str, dict[int, Tensor]]  # tensor name -> dim -> indices that stay
@@ -61,11 +62,17 @@ def shrink(model: nn.Module, plan: Plan, optimizer: torch.optim.Optimizer | None
     """
     tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     state: dict[Any, Any] = optimizer.state if optimizer is not None else {}
-    cut = []
+    constraints = (optimizer._reg, optimizer._keep) if isinstance(optimizer, GrowingSGD) else ()
+    cut, constrained = [], []
     for name, dims in plan.items():
         t = tensors[name]
         grad = None if t.grad is None else _select(t.grad, dims)
         cut.append((t, _select(t.data, dims), grad, _cut_state(name, t, state[t], dims) if t in state else {}))
+        for of in constraints:
+            if id(t) in of:
+                part = of[id(t)][1]
+                along = {dim: stays for dim, stays in dims.items() if part.shape[dim] > 1}
+                constrained.append((of, t, _select(part, along)))
     for t, data, grad, entries in cut:
         t.grad = None  # a gradient of another shape would refuse the new data
         # A loss still alive keeps the parameter's gradient accumulator, which remembers the old shape.  PyTorch drops
@@ -75,6 +82,8 @@ def shrink(model: nn.Module, plan: Plan, optimizer: torch.optim.Optimizer | None
         t.grad = grad
         if entries:
             state[t].update(entries)
+    for of, t, part in constrained:
+        of[id(t)] = t, part
     changed = {id(t) for t, *_ in cut}
     for m in model.modules():
         if any(id(t) in changed for t in (*m._parameters.values(), *m._buffers.values())):
