@@ -152,6 +152,11 @@ def test_what_is_cut_is_zero_stays_zero_and_can_be_removed(name, optimizer):
     small = fp.compact(model, keep, X, optimizer=optimizer)
     torch.testing.assert_close(small(X), expected, rtol=1e-4, atol=1e-5)
     assert small.a.out_channels == 4 and small.b.out_channels == 3
+    before = small.a.weight.detach().clone()
+    train(small, method, optimizer, steps=2)
+    nn.functional.cross_entropy(small(X), torch.arange(4)).backward()
+    optimizer.step()
+    assert small.a.weight.shape == (4, 3, 3, 3) and not torch.equal(small.a.weight, before), "training goes on"
 
 
 @pytest.mark.parametrize("ours", [True, False])
@@ -162,6 +167,28 @@ def test_a_grad_scaler_changes_nothing(ours):
         method = fp.create("greg-1", model, X.double(), ratio=RATIO, **short("greg-1"))
         scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10) if scaled else None
         train(model, method, sgd(model, ours=ours), scaler=scaler)
+        weights.append(model.state_dict())
+    for a, b in zip(*(w.values() for w in weights), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.parametrize("ours", [True, False])
+def test_gradients_that_were_unscaled_to_clip_them_are_not_unscaled_again(ours):
+    weights = []
+    for scaler in (None, torch.amp.GradScaler("cpu", init_scale=2.0**10)):
+        model = net(torch.float64)
+        method = fp.create("greg-1", model, X.double(), ratio=RATIO, **short("greg-1"))
+        optimizer = sgd(model, ours=ours)
+        for _ in range(4):
+            optimizer.zero_grad()
+            loss = nn.functional.cross_entropy(model(X.double()), torch.arange(4))
+            (scaler.scale(loss) if scaler else loss).backward()
+            if scaler:
+                scaler.unscale_(optimizer)
+            nn.utils.clip_grad_norm_(model.parameters(), 0.01)
+            method.step(optimizer, scaler=scaler)
+            if scaler:
+                scaler.update()
         weights.append(model.state_dict())
     for a, b in zip(*(w.values() for w in weights), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-14)
@@ -197,10 +224,15 @@ def test_frozen_parameters_are_left_out_of_the_step(group):
     optimizer = fp.optim.GrowingSGD([p for p in model.parameters() if p.requires_grad], lr=1e-2, momentum=0.9)
     before = model.b.weight.clone()
     train(model, method, optimizer, steps=3)
-    assert model.b.weight not in method.reg and torch.equal(model.b.weight, before)
+    assert torch.equal(model.b.weight, before)
     train(model, method, optimizer)
     train(model, method, optimizer, steps=2)
-    assert model.b.weight not in method.held and (model.b.weight == 0).any(), "cut all the same"
+    cut = model.b.weight == 0
+    assert cut.any() and not cut.all(), "cut all the same"
+    model.b.weight.requires_grad_(True)
+    optimizer.add_param_group({"params": [model.b.weight]})
+    train(model, method, optimizer, steps=2)
+    assert not model.b.weight[cut].any() and not torch.equal(model.b.weight[~cut], before[~cut]), "held when it thaws"
 
 
 # --- resuming ------------------------------------------------------------------------------------------------------

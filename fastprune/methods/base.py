@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.amp.grad_scaler import OptState
 
 from fastprune import ops
 from fastprune.errors import did_you_mean
@@ -158,11 +159,13 @@ class Method:
             scaler: Gradients are scaled by it; call ``scaler.update()`` afterwards, as ever.
         """
         self.after_backward()
+        if self.held and not fits(*next(iter(self.held.items()))):
+            self.held = {}  # the caller has removed it, see fastprune.compact
         ours = isinstance(optimizer, GrowingSGD)
-        if ours:
-            optimizer.constrain(self.reg, self.held)
+        if ours:  # a frozen parameter may be none of the optimizer's
+            optimizer.constrain(*({p: t for p, t in of.items() if p.requires_grad} for of in (self.reg, self.held)))
         elif self.reg:
-            if scaler is not None:
+            if scaler is not None and not _unscaled(scaler, optimizer):
                 scaler.unscale_(optimizer)
             for params in alike(p for p in self.reg if p.grad is not None):
                 ops.grow_grads(params, [p.grad for p in params], [self.reg[p] for p in params])
@@ -187,9 +190,8 @@ class Method:
         for p, stays in self.held.items():
             for entry in optimizer.state.get(p, {}).values() if optimizer is not None else ():
                 if isinstance(entry, Tensor) and entry.shape == p.shape:
-                    entry.mul_(stays)
+                    entry.masked_fill_(~stays, 0)
         self._zero_held()
-        self.held = {p: stays for p, stays in self.held.items() if p.requires_grad}  # nothing moves a frozen one
 
     def _zero_held(self) -> None:
         for params in alike(self.held):
@@ -227,6 +229,16 @@ class Method:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.steps = state["steps"]
+
+
+def fits(p: Tensor, part: Tensor) -> bool:
+    """Whether ``part`` broadcasts to ``p``."""
+    return all(n in (1, size) for n, size in zip(part.shape, p.shape, strict=True))
+
+
+def _unscaled(scaler: torch.amp.GradScaler, optimizer: torch.optim.Optimizer) -> bool:
+    """Whether the caller has done it already, to clip gradients; a second time would raise."""
+    return scaler._per_optimizer_states[id(optimizer)]["stage"] is OptState.UNSCALED
 
 
 def alike(params: Iterable[Tensor]) -> list[list[Tensor]]:

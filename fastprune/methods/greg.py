@@ -135,7 +135,7 @@ class GrowingMethod(MagnitudeMethod):
         dtype = torch.from_numpy(self.growth.reg).dtype
         device = next(self.model.parameters()).device
         if self.by_weight:
-            parameters = [p for p in map(self.model.get_parameter, self._growing) if p.requires_grad]
+            parameters = list(map(self.model.get_parameter, self._growing))
             flat = torch.zeros(sum(p.numel() for p in parameters), dtype=dtype, device=device)
             parts = flat.split([p.numel() for p in parameters])
             self._reg = {p: part.view(p.shape) for p, part in zip(parameters, parts, strict=True)}
@@ -155,8 +155,7 @@ class GrowingMethod(MagnitudeMethod):
         self._reg = {}
         for rows, part in zip(self._reg_rows, parts, strict=True):
             p = self._parameter(rows)
-            if p.requires_grad:
-                self._reg[p] = part.view([-1 if d == rows.dim else 1 for d in range(p.dim())])
+            self._reg[p] = part.view([-1 if d == rows.dim else 1 for d in range(p.dim())])
 
     def _regularised(self, group: Group) -> list[tuple[str, int]]:
         """Dimensions of parameters whose entries along a channel get its coefficient."""
@@ -208,6 +207,8 @@ class GrowingMethod(MagnitudeMethod):
 
     @torch.no_grad()
     def _write_coefficients(self) -> None:
+        if not self._growing:
+            return
         if not self.by_weight:
             reg = np.append(self.growth.reg, self.growth.dtype(0))[self._row_channel]  # -1 finds the 0
             self._flat.copy_(torch.from_numpy(reg))
@@ -215,8 +216,7 @@ class GrowingMethod(MagnitudeMethod):
             self._flat.fill_(float(self.growth.level[0]))
         else:
             if self._keep_flat is None:
-                moving = [name for name in self._growing if self.model.get_parameter(name).requires_grad]
-                self._keep_flat = torch.cat([self._chosen[name].flatten() for name in moving])
+                self._keep_flat = torch.cat([self._chosen[name].flatten() for name in self._growing])
             cut, kept = self.growth.reg[:2].tolist()  # all layers alike: nothing stops one before the others
             self._flat.fill_(cut).masked_fill_(self._keep_flat, kept)
         self.reg = self._reg
