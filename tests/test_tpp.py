@@ -262,6 +262,94 @@ def test_orthogonality_baselines_are_their_definitions(name):
         torch.testing.assert_close(grads[key], exact[key], rtol=1e-10, atol=1e-12)
 
 
+# --- odd networks ---------------------------------------------------------------------------------------------------
+
+
+def test_weights_at_the_start_follow_memory_format_and_resumption():
+    model = net()
+    method = fp.create("tpp", model, X, scheme="v4", ratio=0.2, scope="global", **QUICK)
+    start = {name: w.detach().clone() for name, w in weights(model).items()}
+    with torch.no_grad():
+        for i, p in enumerate(model.parameters()):
+            p.mul_(1.25 + i / 8)
+    method.steps = 2
+    expected, gradient = gradients(model, method.penalty)
+    model.to(memory_format=torch.channels_last)
+    other = Net().double()  # other weights, and so another choice, until the state is loaded
+    resumed = fp.create("tpp", other, X, scheme="v4", ratio=0.2, scope="global", **QUICK)
+    assert any((resumed.keep_masks()[name] != keep).any() for name, keep in method.keep_masks().items())
+    resumed.load_state_dict(method.state_dict())
+    other.load_state_dict(model.state_dict())
+    assert all(torch.equal(resumed._start[w], start[name]) for name, w in weights(other).items() if w in resumed._start)
+    for m, by in ((model, method), (other, resumed)):
+        value, grads = gradients(m, by.penalty)
+        torch.testing.assert_close(value, expected)
+        for name in gradient:
+            torch.testing.assert_close(grads[name], gradient[name])
+
+
+@pytest.mark.parametrize("name, scheme", [("tpp", s) for s in SCHEMES] + [("orth-kernel", ""), ("orth-conv", "")])
+def test_what_is_frozen_at_a_step_has_no_part_in_it(name, scheme):
+    model = net()
+    method = fp.create(name, model, X, **(QUICK | {"scheme": scheme} if scheme else {}))
+    method.steps = 2
+    expected, gradient = gradients(model, method.penalty)
+    model.a.weight.requires_grad_(False)
+    value, grads = gradients(model, method.penalty)
+    assert value < expected and "a.weight" not in grads and torch.equal(grads["b.weight"], gradient["b.weight"])
+    model.a.weight.requires_grad_(True)
+    value, grads = gradients(model, method.penalty)
+    assert value == expected and torch.equal(grads["a.weight"], gradient["a.weight"])
+    for layer in weights(model).values():
+        layer.requires_grad_(False)
+    assert method.penalty() == 0
+
+
+def test_layers_of_other_kinds_are_zeroed_in_their_turn():
+    class Own(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(torch.randn(6, 3, 3, 3, dtype=torch.float64))
+
+        def forward(self, x):
+            return F.conv2d(x, self.weight, padding=1)
+
+    model = net()
+    model.a = Own()
+    method = fp.create("tpp", model, X, **QUICK)
+    optimizer, keep = torch.optim.SGD(model.parameters(), 1e-4), method.keep_masks()
+    while method.steps <= method.stable_since + 2 or method.phase == "grow":
+        (model(X).square().mean() + method.penalty()).backward()
+        method.step(optimizer)
+    assert not model.a.weight[~keep["a"]].any() and model.b.weight[~keep["b"]].all()
+
+
+def test_columns_of_a_transposed_convolution_are_no_rows_of_a_gram_matrix():
+    class Residual(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.t = nn.Conv2d(3, 6, 3, padding=1), nn.ConvTranspose2d(6, 6, 3, padding=1)
+            self.fc = nn.Linear(6, 2)
+
+        def forward(self, x):
+            x = self.a(x)
+            return self.fc((x + self.t(x.relu())).relu().mean((2, 3)))
+
+    model = Residual().double()
+    method = fp.create("tpp", model, X, coupled=True, **QUICK)
+    assert method.groups["a"].convs == ("a", "t")
+    method.steps = 2
+    _, grads = gradients(model, method.penalty)
+    assert grads["a.weight"].any() and "t.weight" not in grads
+    for p in model.parameters():
+        p.grad = torch.zeros_like(p)
+    before = model.t.weight.detach().clone()
+    method.step(torch.optim.SGD(model.parameters(), lr=1.0))
+    gone = ~method.keep_masks()["a"]
+    torch.testing.assert_close(model.t.weight[:, gone], before[:, gone] * 0.75)
+    assert torch.equal(model.t.weight[:, ~gone], before[:, ~gone])
+
+
 def test_bad_options_are_refused():
     with pytest.raises(ValueError, match="tpp: expected group='filter', got 'weight'"):
         fp.create("tpp", net(), X, group="weight")
@@ -272,3 +360,7 @@ def test_bad_options_are_refused():
     bounded = nn.Sequential(nn.Conv2d(3, 4, 3), fp.nn.SigmoidBatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 2, 3)).double()
     with pytest.raises(ValueError, match=r"tpp: 1 bounds its scale by a sigmoid.*or bn_reg=False"):
         fp.create("tpp", bounded, X)
+    line = nn.Sequential(nn.Conv1d(3, 4, 3), nn.ReLU(), nn.Conv1d(4, 2, 3)).double()
+    for name, options in (("tpp", {"scheme": "v1"}), ("orth-conv", {})):
+        with pytest.raises(ValueError, match=rf"{name}: conv\(W, W\) is for 2-D .*; 0 has \(4, 3, 3\)"):
+            fp.create(name, line, X[:, :, 0], **options)

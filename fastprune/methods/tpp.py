@@ -67,15 +67,19 @@ class TPP(GrowingMethod):
             raise ValueError(f"{self.name}: expected group='filter', got {o.group!r}: Gram matrices are of filters")
         if o.scheme not in SCHEMES:
             raise ValueError(f"{self.name}: unknown scheme {o.scheme!r}{did_you_mean(str(o.scheme), SCHEMES)}")
-        self._order = {name: i for i, name in enumerate(layers(self.model))}
+        found = set(layers(self.model)).union(*(group.convs for group in self.groups.values()))  # those of others, too
+        self._order = {name: i for i, name in enumerate(n for n, _ in self.model.named_modules() if n in found)}
         if o.stabilize < o.zero_out_interval * len(self._order):
             raise ValueError(
                 f"{self.name}: zeroing {len(self._order)} layers every {o.zero_out_interval} steps takes longer than "
                 f"stabilize={o.stabilize}; raise it, or lower zero_out_interval (0: all at the end)"
             )
-        self._gram: tuple[list[nn.Parameter], GramPlan] | None = None
+        self._held_layers = 0
+        if o.scheme == "v1":
+            _check_two_dimensional(self.name, self.model)
         super().prepare()
-        self._start = [w.detach().clone() for w in self._gram_weights()] if o.scheme == "v4" else []
+        self._find_rows()
+        self._start = {w: w.detach().clone() for w in self._rows} if o.scheme == "v4" else {}
 
     def _regularised(self, group: Group) -> list[tuple[str, int]]:
         o, keys = self.options, []
@@ -111,14 +115,20 @@ class TPP(GrowingMethod):
             return _gram_penalty(parameters, plan, weight, o.kept_weight)
         total = _gram_penalty(parameters, plan, 1.0, 0.0 if o.scheme == "v5" else 1.0, weight)
         if o.scheme == "v4":
-            total = total + _orthogonality(parameters, "energy", o.weight, references=self._start)
+            total = total + _orthogonality(parameters, "energy", o.weight, references=self._references(parameters))
         return total
+
+    def _references(self, parameters: Sequence[nn.Parameter]) -> list[Tensor]:
+        """The weights at the start, which follow the model to another device or memory format."""
+        for w in parameters:
+            if self._start[w].stride() != w.stride() or self._start[w].device != w.device:
+                self._start[w] = torch.empty_like(w).copy_(self._start[w]).detach()
+        return [self._start[w] for w in parameters]
 
     def _all_layers_penalty(self) -> Tensor:
         """Schemes v1 and v2."""
         kinds: dict[str, list[nn.Parameter]] = {}
-        for name in layers(self.model):
-            w = self.model.get_submodule(name).weight
+        for w in dict.fromkeys(self.model.get_submodule(name).weight for name in layers(self.model)):  # tied ones once
             if self.options.scheme == "v1" and w[0, 0].numel() > 1:
                 kind = "conv"
             else:
@@ -129,25 +139,26 @@ class TPP(GrowingMethod):
         for kind, ws in kinds.items():
             strides, paddings = ([2] * len(ws), [1] * 2 * len(ws)) if kind == "conv" else ((), ())
             terms.append(_orthogonality(ws, kind, self.options.weight, strides=strides, paddings=paddings))
-        return sum(terms[1:], terms[0])
+        return sum(terms[1:], terms[0]) if terms else super().penalty()
 
-    def _gram_weights(self) -> list[nn.Parameter]:
-        return self._gram_plan()[0]
+    def _find_rows(self) -> None:
+        """The weights that lose filters, each once, and which of their rows stay."""
+        self._rows: dict[nn.Parameter, Tensor] = {}
+        self._plan: tuple[list[nn.Parameter], GramPlan | None] = [], None
+        for name in self._growing:
+            group = self.groups[name]
+            for tensor, dim in self._where(group):
+                if dim == 0 and tensor.removesuffix(".weight") in group.convs:  # no transposed or depthwise convolution
+                    w, index = self.model.get_parameter(tensor), group.index[tensor, 0]
+                    stays = self._rows.setdefault(w, torch.ones(w.shape[0], dtype=torch.bool))
+                    stays[index.position] = self._chosen[name][index.channel]
 
-    def _gram_plan(self) -> tuple[list[nn.Parameter], GramPlan]:
-        """The weights that lose filters, each once, and which; made anew when another state is loaded."""
-        if self._gram is None:
-            keep: dict[nn.Parameter, Tensor] = {}
-            for name in self._growing:
-                for conv in self.groups[name].convs:
-                    w = self.model.get_submodule(conv).weight
-                    index = self.groups[name].index.get((f"{conv}.weight", 0))
-                    if index is not None and w.requires_grad:
-                        stays = keep.setdefault(w, torch.ones(w.shape[0], dtype=torch.bool))
-                        stays[index.position] = self._chosen[name][index.channel]
-            device = next(self.model.parameters()).device
-            self._gram = (list(keep), gram_plan(list(keep.values()), device) if keep else None)
-        return self._gram
+    def _gram_plan(self) -> tuple[list[nn.Parameter], GramPlan | None]:
+        """Those of them that are trained, and the plan, made anew when they are others."""
+        trained = [w for w in self._rows if w.requires_grad]
+        if list(map(id, trained)) != list(map(id, self._plan[0])):
+            self._plan = trained, gram_plan([self._rows[w] for w in trained], trained[0].device) if trained else None
+        return self._plan
 
     # Zeroing layer by layer
 
@@ -161,7 +172,9 @@ class TPP(GrowingMethod):
     def _zeroed(self) -> int:
         """Of how many layers, in their order, what is cut is zero by now."""
         every = self.options.zero_out_interval
-        return (self.steps - 1 - self.stable_since) // every if every and self.phase == "stabilize" else 0
+        if not every or self.phase != "stabilize":
+            return 0
+        return min((self.steps - 1 - self.stable_since) // every, len(self._order))
 
     def _zero_layers(self, optimizer: torch.optim.Optimizer | None) -> None:
         self._held_layers = self._zeroed()
@@ -179,18 +192,16 @@ class TPP(GrowingMethod):
         self.hold(keep, optimizer)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self._gram = None
         super().load_state_dict(state)
+        self._find_rows()
+        self._start = {self.model.get_parameter(name): t.clone() for name, t in state["start"].items()}
         self._held_layers = 0
-        for mine, theirs in zip(self._start, state["start"], strict=True):
-            mine.copy_(theirs)
         if self._zeroed():
             self._zero_layers(None)
 
     def state_dict(self) -> dict[str, Any]:
-        return super().state_dict() | {"start": [w.clone() for w in self._start]}
-
-    _held_layers = 0
+        names = {p: name for name, p in self.model.named_parameters()}
+        return super().state_dict() | {"start": {names[w]: t.clone() for w, t in self._start.items()}}
 
 
 @dataclass(frozen=True)
@@ -204,20 +215,22 @@ class _OrthogonalMethod(MagnitudeMethod):
 
     def prepare(self) -> None:
         super().prepare()
-        found = {m.weight: m for m in map(self.model.get_submodule, layers(self.model)) if m.weight.requires_grad}
-        self._penalised = list(found)
-        self._windows: dict[str, list[int]] = {}
-        if self.form == "conv":  # as the layer itself moves, with the paper's padding
-            strides = [getattr(m, "stride", (1,))[0] for m in found.values()]
-            kernels = [w.shape[2:] if w.dim() == 4 else (1, 1) for w in found]
-            paddings = [(k - 1) // s * s for s, kernel in zip(strides, kernels, strict=True) for k in kernel]
-            self._windows = {"strides": strides, "paddings": paddings}
+        if self.form == "conv":
+            _check_two_dimensional(self.name, self.model)
+        found = map(self.model.get_submodule, layers(self.model))
+        self._strides = {m.weight: getattr(m, "stride", (1,))[0] for m in found}
 
     def penalty(self) -> Tensor:
         """``weight`` times the distance of all layers from orthogonal ones."""
-        if not self._penalised or not self.options.weight:
+        trained = [w for w in self._strides if w.requires_grad]
+        if not trained or not self.options.weight:
             return Method.penalty(self)
-        return _orthogonality(self._penalised, self.form, self.options.weight, **self._windows)
+        strides, paddings = [], []
+        if self.form == "conv":  # as the layer itself moves, with the paper's padding
+            strides = [self._strides[w] for w in trained]
+            kernels = [w.shape[2:] if w.dim() == 4 else (1, 1) for w in trained]
+            paddings = [(k - 1) // s * s for s, kernel in zip(strides, kernels, strict=True) for k in kernel]
+        return _orthogonality(trained, self.form, self.options.weight, strides=strides, paddings=paddings)
 
 
 @register("orth-kernel")
@@ -232,6 +245,13 @@ class OrthConv(_OrthogonalMethod):
     """Convolutional orthogonality: also to one another's shifts."""
 
     form = "conv"
+
+
+def _check_two_dimensional(who: str, model: nn.Module) -> None:
+    for name in layers(model):
+        shape = tuple(model.get_submodule(name).weight.shape)
+        if len(shape) not in (2, 4):
+            raise ValueError(f"{who}: conv(W, W) is for 2-D convolutions and linear layers; {name} has {shape}")
 
 
 def _gram_penalty(
