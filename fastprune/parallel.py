@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 
@@ -18,3 +19,11 @@ def mean_over_processes(t: Tensor) -> Tensor:
     total = t.clone()
     dist.all_reduce(total)
     return total / world
+
+
+def same_in_all_processes(t: Tensor) -> bool:
+    """Whether all processes have the same numbers in ``t``."""
+    least, most = t.clone(), t.clone()
+    dist.all_reduce(least, dist.ReduceOp.MIN)
+    dist.all_reduce(most, dist.ReduceOp.MAX)
+    return torch.equal(least, most)

@@ -352,6 +352,29 @@ def test_layers_tied_by_same_get_one_mask():
     assert all(torch.equal(keep[f"layer2.{i}.conv1"], keep["layer2.0.conv1"]) for i in (1, 2))
 
 
+def test_a_layer_that_only_a_tie_cuts_is_pushed_too():
+    model = nn.Sequential(*(m for i in range(3) for m in (nn.Conv2d(3 if i == 0 else 8, 8, 3, padding=1), nn.ReLU())))
+    model.append(nn.Conv2d(8, 2, 1))
+    for name in ("greg-1", "greg-2"):
+        method = fp.create(name, model, X, ratio={"0": 0.5}, same="0,2", **short(name))
+        method.step(sgd(model))
+        assert set(method.reg) == {model[0].weight, model[2].weight}, name
+
+
+@pytest.mark.parametrize("name", GROWING)
+@pytest.mark.parametrize("group", ["filter", "channel", "weight", "2:4"])
+def test_a_run_with_nothing_to_cut_ends(name, group):
+    if name == "tpp" and group != "filter":
+        pytest.skip("TPP prunes filters")
+    model, other = net(), net()
+    method = fp.create(name, model, X, ratio=0.0, group=group, **short(name))
+    train(model, method, sgd(model), steps=2)
+    assert method.phase == "stabilize" and not method.reg
+    resumed = fp.create(name, other, X, ratio=0.0, group=group, **short(name))
+    resumed.load_state_dict(method.state_dict())
+    assert train(other, resumed, sgd(other)) == 5 and all(keep.all() for keep in resumed.keep_masks().values())
+
+
 def test_ratios_skip_and_indices_of_another_network():
     model = models.create("resnet20")
     x = torch.randn(2, 3, 32, 32)
@@ -425,6 +448,14 @@ def test_two_of_four_along_the_input_channels(name):
         fp.create("l1", net(), X, ratio={"a": 0.5}, group="2:4").weight_masks()
 
 
+def test_two_of_four_of_a_transposed_convolution_lie_along_its_inputs_too():
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.ConvTranspose2d(8, 12, 3, groups=2), nn.Conv2d(12, 4, 1))
+    mask = fp.create("l1", model, X, group="2:4").weight_masks()["2.weight"]
+    assert mask.shape == (8, 6, 3, 3) and (mask.unflatten(0, (2, 4)).sum(1) == 2).all()
+    with pytest.raises(ValueError, match="needs a multiple of 8 input channels, 2 has 4"):
+        fp.create("l1", model, X, group="4:8", ratio={"2": 0.5}).weight_masks()
+
+
 def test_n_of_m_keeps_the_largest():
     w = torch.tensor([[1.0, -5.0, 2.0, 3.0, 0.0, 0.1, -0.3, 0.2]])
     assert n_of_m(w, 2, 4).int().tolist() == [[0, 1, 0, 1, 0, 0, 1, 1]]
@@ -479,3 +510,7 @@ def test_bad_options_are_refused():
         fp.create("greg-1", net(), X, stabilize=-1)
     with pytest.raises(ValueError, match="unknown scope 'every'"):
         fp.create("l1", net(), X, scope="every")
+    with pytest.raises(ValueError, match="l1: unknown limit 'gregg'; did you mean 'greg'"):
+        fp.create("l1", net(), X, scope="global", limit="gregg")
+    with pytest.raises(ValueError, match="l1: min_keep must be at least 1, got 0"):
+        fp.create("l1", net(), X, min_keep=0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 
 import torch
@@ -39,7 +40,8 @@ def work(rank, path):
     x, y = (t[4 * rank : 4 * rank + 4] for t in batch())
     found = tuple(torch.as_tensor(t) for t in sums(net(), x, y))
     masks = {name: train(name, x, y) for name in ("taylor-gate", "taylor-output", "oracle")}
-    torch.save((found, masks), f"{path}/{rank}.pt")
+    grown = {name: grow(name, x, y) for name in GROWING}
+    torch.save((found, masks, grown, refused(rank, x)), f"{path}/{rank}.pt")
     gc.collect()  # a DistributedDataParallel that outlives its process group may hang
     dist.barrier()
     dist.destroy_process_group()
@@ -59,12 +61,58 @@ def train(name, x, y):
     return torch.cat(list(method.survivors().values()))
 
 
+GROWING = {
+    "greg-1": {},
+    "greg-2": {"pick_step": 5e-3},
+    "tpp": {"weight": 1.0, "zero_out_interval": 1},
+    "orth-kernel": {},
+}
+
+
+def grow(name, x, y):
+    """Weights after some steps, each with two backwards; in eval mode, so that the loss is a mean over samples."""
+    model = net().double().eval()
+    x, options = x.double(), GROWING[name]
+    if name != "orth-kernel":
+        options = options | {"update_interval": 1, "stabilize": 4, "reg_step": 0.25}
+    method = fp.create(name, model, x, **options)
+    wrapped = nn.parallel.DistributedDataParallel(model) if dist.is_initialized() else model
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
+    for step in range(10):
+        for last in (False, True):
+            alone = dist.is_initialized() and not last and step % 2
+            with wrapped.no_sync() if alone else contextlib.nullcontext():
+                (F.cross_entropy(wrapped(x), y) + method.penalty()).backward()
+        method.step(optimizer)
+        optimizer.zero_grad(set_to_none=False)
+    assert method.finished
+    return torch.cat([p.detach().flatten() for p in model.parameters()])
+
+
+def refused(rank, x):
+    """What is said when processes make the method on weights of their own."""
+    model = net()
+    with torch.no_grad():
+        model[0].weight.mul_(torch.arange(8.0).sub(4 * rank).abs().view(-1, 1, 1, 1) + 1)
+    method = fp.create("greg-1", model, x)
+    try:
+        method.step(torch.optim.SGD(model.parameters(), lr=0.1))
+    except ValueError as e:
+        return str(e)
+
+
 def test_all_processes_cut_the_same(tmp_path):
     torch.multiprocessing.spawn(work, (str(tmp_path),), nprocs=2)
-    (sums0, masks0), (sums1, masks1) = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
+    (sums0, masks0, grown0, said0), (sums1, masks1, grown1, said1) = (
+        torch.load(tmp_path / f"{rank}.pt") for rank in range(2)
+    )
     expected = sums(net(), *batch())
     for a, b, c in zip(sums0, sums1, expected, strict=True):
         assert torch.equal(a, b)
         torch.testing.assert_close(a, torch.as_tensor(c), rtol=1e-4, atol=1e-8, check_dtype=False)
     for name, mask in masks0.items():
         assert torch.equal(mask, masks1[name]) and int((~mask).sum()) == 8, name
+    for name, weights in grown0.items():
+        assert torch.equal(weights, grown1[name]), name
+        torch.testing.assert_close(weights, grow(name, *batch()), rtol=1e-9, atol=1e-12)
+    assert said0 == said1 and said0.startswith("greg-1: the processes chose different channels; make the method after")

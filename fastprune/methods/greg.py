@@ -26,6 +26,7 @@ from fastprune.graph import Group
 from fastprune.growing import GrowingCoefficients, Growth
 from fastprune.methods.base import register
 from fastprune.methods.magnitude import MagnitudeMethod, MagnitudeOptions, Rows, _enter
+from fastprune.parallel import processes, same_in_all_processes
 from fastprune.select import pick_array
 
 
@@ -40,7 +41,7 @@ class GrowingOptions(MagnitudeOptions):
 
 @dataclass(frozen=True)
 class GReg1Options(GrowingOptions):
-    ratio_limit: float = 1000.0  # mean kept over mean cut magnitude at which growing may stop early
+    ratio_limit: float | None = 1000.0  # mean kept over mean cut magnitude at which growing may stop early
 
 
 @dataclass(frozen=True)
@@ -77,6 +78,7 @@ class GrowingMethod(MagnitudeMethod):
         self.stable_since = -1  # step in which the coefficients stopped growing
         self.log: list[dict[str, Any]] = []
         self._grown = -1  # step of the last look at the coefficients
+        self._compared = False  # with the other processes
         self._chosen = None if self.picks_later else self._choose_now()
         sizes, cut = self._growing_sizes()
         wide = any(p.dtype == torch.float64 for p in self.model.parameters())
@@ -115,9 +117,10 @@ class GrowingMethod(MagnitudeMethod):
     def _growing_sizes(self) -> tuple[dict[str, int], np.ndarray]:
         """Layers that lose something, or may, with their sizes, and what goes; of single weights a number per fate."""
         chosen = self._chosen if self._chosen is not None else self._choose_now()
-        if self.picks_later:
-            ratios = self.ratio if isinstance(self.ratio, dict) else dict.fromkeys(self.layers(), self.ratio)
-            self._growing = [name for name in chosen if ratios[name.removesuffix(".weight")] > 0]
+        # how many go is the same whenever a layer chooses for itself
+        ranked_together = self.scope == "global" and isinstance(self.ratio, (int, float)) and self.ratio > 0
+        if self.picks_later and ranked_together and self.pattern is None and not self._inherited:
+            self._growing = list(chosen)
         else:
             self._growing = [name for name, mask in chosen.items() if not mask.all()]
         if self.by_weight:
@@ -229,7 +232,21 @@ class GrowingMethod(MagnitudeMethod):
         return "done" if self.finished else "grow" if self.stable_since < 0 else "stabilize"
 
     def after_backward(self) -> None:
+        if not self._compared:
+            self._compare_processes()
         self._grow()
+
+    def _compare_processes(self) -> None:
+        """Once: processes that hold different channels at zero would train different networks."""
+        self._compared = True
+        if processes() == 1 or not self._chosen:
+            return
+        masks = torch.cat([mask.flatten().cpu() for mask in self._chosen.values()])
+        if not same_in_all_processes(masks.to(next(self.model.parameters()).device, torch.uint8)):
+            raise ValueError(
+                f"{self.name}: the processes chose different channels; make the method after DistributedDataParallel, "
+                "which gives all of them the same weights"
+            )
 
     def step(
         self, optimizer: torch.optim.Optimizer, loss: Tensor | None = None, scaler: torch.amp.GradScaler | None = None
@@ -256,10 +273,10 @@ class GrowingMethod(MagnitudeMethod):
             raise ValueError(
                 f"{self.name}: expected a state of this model's layers; {odd} has {here} channels here, {there} there"
             )
-        self._chosen = state["chosen"]
-        if self._chosen is not None and self.by_weight:
-            where = {name: w.device for name, w in self.model.named_parameters()}
-            self._chosen = {name: mask.to(where[name]) for name, mask in self._chosen.items()}
+        self._chosen = None
+        if state["chosen"] is not None:
+            where = {name: w.device for name, w in self.model.named_parameters()} if self.by_weight else {}
+            self._chosen = {name: mask.to(where.get(name, "cpu")) for name, mask in state["chosen"].items()}
         sizes, cut = self._growing_sizes()
         self.growth = GrowingCoefficients(self._schedule(), sizes, None if self.picks_later else cut, self.growth.dtype)
         self.growth.load_state_dict(state["growth"])

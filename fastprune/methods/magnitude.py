@@ -27,7 +27,7 @@ from fastprune.graph import ChannelGraph, Group
 from fastprune.methods.base import Method, Options, register
 from fastprune.ops import filter_norm
 from fastprune.ratios import Ratio, constrained, inherited
-from fastprune.select import SCOPES, pick, pick_globally
+from fastprune.select import LIMITS, SCOPES, pick, pick_globally
 
 GROUPS = ("filter", "channel", "weight")
 _PATTERN = re.compile(r"(\d+):(\d+)")
@@ -174,6 +174,12 @@ class MagnitudeMethod(Method):
     def check_ratio(self) -> None:
         if self.scope not in SCOPES:
             raise ValueError(f"{self.name}: unknown scope {self.scope!r}{did_you_mean(str(self.scope), SCOPES)}")
+        if self.options.limit not in LIMITS:
+            raise ValueError(
+                f"{self.name}: unknown limit {self.options.limit!r}{did_you_mean(self.options.limit, LIMITS)}"
+            )
+        if self.options.min_keep < 1:
+            raise ValueError(f"{self.name}: min_keep must be at least 1, got {self.options.min_keep}")
 
     def keep_masks(self) -> dict[str, Tensor]:
         """Per group bool (C,), True = keep; all True with single weights."""
@@ -196,14 +202,17 @@ class MagnitudeMethod(Method):
         ratios = self.ratio if isinstance(self.ratio, dict) else dict.fromkeys(self.weights, self.ratio)
         masks = {}
         for name, w in self.weights.items():
+            layer, m = self.model.get_submodule(name), self.pattern[1]
+            dim = int(not getattr(layer, "transposed", False))  # of the input channels
+            inputs = w.shape[dim] // (1 if dim else layer.groups)  # that a filter reads
             if ratios[name] == 0:
                 masks[f"{name}.weight"] = torch.ones_like(w, dtype=torch.bool)
-            elif w.shape[1] % self.pattern[1] == 0:
-                masks[f"{name}.weight"] = n_of_m(w, *self.pattern)
+            elif inputs % m == 0:
+                masks[f"{name}.weight"] = n_of_m(w.transpose(1, dim), *self.pattern).transpose(1, dim).contiguous()
             elif isinstance(self.ratio, dict):
                 raise ValueError(
-                    f"{self.name}: group {self.options.group!r} needs a multiple of {self.pattern[1]} input channels, "
-                    f"{name} has {w.shape[1]}; give it ratio 0"
+                    f"{self.name}: group {self.options.group!r} needs a multiple of {m} input channels, "
+                    f"{name} has {inputs}; give it ratio 0"
                 )
             else:  # one ratio for all: layers that cannot have the pattern, such as the first, stay whole
                 masks[f"{name}.weight"] = torch.ones_like(w, dtype=torch.bool)
