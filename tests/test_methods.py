@@ -1,6 +1,7 @@
 """The contract every registered method keeps (a new one is tested here without an edit), and RNI's family by number."""
 
 import json
+import re
 from collections import Counter
 from dataclasses import fields
 from pathlib import Path
@@ -164,6 +165,30 @@ def test_unknown_names_and_options_get_a_hint():
         methods.create("slimming", model, X, ratio=1.0)
     with pytest.raises(ValueError, match="scope"):
         methods.create("slimming", model, X, scope="everywhere")
+
+
+@pytest.mark.parametrize(
+    "option, value, kind",
+    [
+        ("update_interval", "10", "int"),
+        ("update_interval", 2.5, "int"),
+        ("stabilize", True, "int"),
+        ("reg_step", "1e-4", "float"),  # as YAML reads it
+        ("coupled", "no", "bool"),
+        ("group", None, "str"),
+        ("skip", 2.1, "str | tuple[str, ...]"),
+        ("ratio_limit", "inf", "float | None"),
+    ],
+)
+def test_options_of_another_type_are_refused(option, value, kind):
+    with pytest.raises(ValueError, match=re.escape(f"option {option!r} of 'greg-1' must be {kind}, got {value!r}")):
+        methods.create("greg-1", models.create("vgg-small"), X, **{option: value})
+
+
+def test_options_of_like_types_are_taken():
+    options = {"update_interval": np.int64(3), "reg_limit": 1, "reg_step": np.float32(0.5), "ratio_limit": None}
+    method = methods.create("greg-1", models.create("vgg-small"), X, skip=["features.0"], **options)
+    assert "features.0" not in method.groups
 
 
 def test_register_refuses_a_taken_name():

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
+from numbers import Integral, Real
 from typing import Any, ClassVar
 
 import torch
@@ -18,6 +19,7 @@ from fastprune.ratios import Ratio, left_alone, resolve, skipped
 from fastprune.select import keep_masks
 from fastprune.surgery import Plan
 
+_TYPES = {"bool": bool, "int": Integral, "float": Real, "str": str, "tuple": Sequence, "None": type(None)}
 METHODS: dict[str, type[Method]] = {}
 IDS: dict[int, str] = {}  # the numbers that Taylor's authors give their criteria
 
@@ -60,10 +62,12 @@ def create(
         hint = did_you_mean(name, METHODS) if isinstance(name, str) else f"; known numbers: {sorted(IDS)}"
         raise ValueError(f"create: unknown method {name!r}{hint}")
     cls = METHODS[name]
-    known = [f.name for f in fields(cls.Options)]
-    for option in options:
+    known = {f.name: f.type for f in fields(cls.Options)}
+    for option, value in options.items():
         if option not in known:
             raise ValueError(f"create: method {name!r} has no option {option!r}{did_you_mean(option, known)}")
+        if not _has_type(value, known[option]):
+            raise ValueError(f"create: option {option!r} of {name!r} must be {known[option]}, got {value!r}")
     graph = trace(model, example_inputs)
     return cls(model, graph, ratio, scope or cls.scope, cls.Options(**options), example_inputs)
 
@@ -229,6 +233,14 @@ class Method:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.steps = state["steps"]
+
+
+def _has_type(value: Any, annotation: str) -> bool:
+    """Whether it is one of the simple types that the annotation names; a type that is not simple may be anything."""
+    names = [part.strip().partition("[")[0] for part in annotation.split("|")]
+    if isinstance(value, bool) and not set(names).isdisjoint(_TYPES):
+        return "bool" in names  # though Python counts it as an int
+    return any(name not in _TYPES or isinstance(value, _TYPES[name]) for name in names)
 
 
 def fits(p: Tensor, part: Tensor) -> bool:
