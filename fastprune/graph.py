@@ -305,13 +305,15 @@ def trace(model: nn.Module, example_inputs: Any, *, strict: bool | None = None) 
 
     Raises:
         GraphError: The model does not run on ``example_inputs``, or returns no tensor.
-        ValueError: The model is compiled, or has parameters not yet initialised.
+        ValueError: The model is compiled, distributed, or has parameters not yet initialised.
 
     Warns:
         UserWarning: Once, naming every op without a rule and every layer that never ran.
     """
     if hasattr(model, "_orig_mod"):
         raise ValueError("trace: expected an eager module, got the result of torch.compile; trace before compiling")
+    if isinstance(model, nn.parallel.DistributedDataParallel):
+        raise ValueError("trace: expected the module itself, got a DistributedDataParallel; trace its .module")
     if any(nn.parameter.is_lazy(p) for p in model.parameters()):
         raise ValueError("trace: the model has lazy parameters; run it once on example_inputs first")
     tracer, graph, idle = _trace(model, example_inputs, bool(strict))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import gc
 
+import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -98,6 +99,8 @@ def refused(rank, x):
     try:
         method.step(torch.optim.SGD(model.parameters(), lr=0.1))
     except ValueError as e:
+        with pytest.raises(ValueError, match="trace: expected the module itself, got a DistributedDataParallel"):
+            fp.create("greg-1", nn.parallel.DistributedDataParallel(model), x)
         return str(e)
 
 
