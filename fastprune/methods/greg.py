@@ -25,7 +25,7 @@ from torch import Tensor
 from fastprune.graph import Group
 from fastprune.growing import GrowingCoefficients, Growth
 from fastprune.methods.base import register
-from fastprune.methods.magnitude import MagnitudeMethod, MagnitudeOptions, Rows, _enter
+from fastprune.methods.magnitude import MagnitudeMethod, MagnitudeOptions, _enter
 from fastprune.parallel import processes, same_in_all_processes
 from fastprune.select import pick_array
 
@@ -68,6 +68,7 @@ class GrowingMethod(MagnitudeMethod):
     Options = GrowingOptions
     kind: ClassVar[str] = "greg-1"
     picks_later: ClassVar[bool] = False
+    _chosen: dict[str, Tensor] | None = None  # keep-masks, once they are final
 
     def prepare(self) -> None:
         super().prepare()
@@ -81,7 +82,8 @@ class GrowingMethod(MagnitudeMethod):
         self._compared = False  # with the other processes
         self._chosen = None if self.picks_later else self._choose_now()
         sizes, cut = self._growing_sizes()
-        wide = any(p.dtype == torch.float64 for p in self.model.parameters())
+        weights = self.weights.values() if self.by_weight else map(self._parameter, self.rows)
+        wide = any(w.dtype == torch.float64 for w in weights)
         self.growth = GrowingCoefficients(
             self._schedule(), sizes, None if self.picks_later else cut, np.float64 if wide else np.float32
         )
@@ -110,7 +112,7 @@ class GrowingMethod(MagnitudeMethod):
         return {name: mask.clone() for name, mask in chosen.items()}
 
     def weight_masks(self) -> dict[str, Tensor]:
-        if getattr(self, "_chosen", None) is None or not self.by_weight:
+        if self._chosen is None or not self.by_weight:
             return super().weight_masks()
         return {name: mask.clone() for name, mask in self._chosen.items()}
 
@@ -151,14 +153,13 @@ class GrowingMethod(MagnitudeMethod):
             for key in self._regularised(group):
                 _enter(numbers, self.model, group, key, base)
             base += group.size
-        self._reg_rows = [Rows(*key, channel) for key, channel in numbers.items()]
-        self._row_channel = np.concatenate([np.zeros(0, int), *(rows.channel for rows in self._reg_rows)])
+        self._row_channel = np.concatenate([np.zeros(0, int), *numbers.values()])
         self._flat = torch.zeros(len(self._row_channel), dtype=dtype, device=device)
-        parts = self._flat.split([len(rows.channel) for rows in self._reg_rows])
+        parts = self._flat.split([len(channel) for channel in numbers.values()])
         self._reg = {}
-        for rows, part in zip(self._reg_rows, parts, strict=True):
-            p = self._parameter(rows)
-            self._reg[p] = part.view([-1 if d == rows.dim else 1 for d in range(p.dim())])
+        for (name, dim), part in zip(numbers, parts, strict=True):
+            p = self.model.get_parameter(name)
+            self._reg[p] = part.view([-1 if d == dim else 1 for d in range(p.dim())])
 
     def _regularised(self, group: Group) -> list[tuple[str, int]]:
         """Dimensions of parameters whose entries along a channel get its coefficient."""

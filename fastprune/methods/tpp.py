@@ -1,8 +1,9 @@
 """Trainability-preserving pruning (ICLR 2023, arXiv:2207.12534) and the orthogonality baselines of its authors.
 
-``tpp`` chooses filters by mean absolute weight at the start.  While their coefficient grows as in greg-1, a penalty on
-the Gram matrices of all layers makes them orthogonal to the filters that stay, and the scale and shift of the norm
-behind them shrink with them.  With A = W as (N, K), G = A A^T and c the growing coefficient, ``scheme`` adds to a loss
+``tpp`` chooses filters by mean absolute weight at the start.  While their coefficient grows, by the step and up to the
+limit, a penalty on the Gram matrices of their layers makes them orthogonal to the filters that stay, and the scale and
+shift of the norm behind them shrink with them.  With A = W as (N, K), G = A A^T and c the growing coefficient,
+``scheme`` adds to a loss
 
 | scheme | summed over    | term                                                                                     |
 |--------|----------------|------------------------------------------------------------------------------------------|
@@ -14,7 +15,8 @@ behind them shrink with them.  With A = W as (N, K), G = A A^T and c the growing
 | v2     | all layers     | weight mean (G - I)^2; of A^T where there are fewer filters than input channels          |
 | v1     | all layers     | weight norm(conv(W, W) - I), stride 2, padding 1; as v2 for kernels of one element        |
 
-Then the layers are zeroed one after the other, every ``zero_out_interval`` steps one.
+Then the layers are zeroed one after the other, every ``zero_out_interval`` steps one.  Transposed convolutions have no
+Gram matrix here; the coefficient drives their filters to zero all the same.
 
 ``orth-kernel`` and ``orth-conv`` train with mean (G - I)^2 of all layers (Xie et al., CVPR 2017, arXiv:1703.01827), or
 norm(conv(W, W) - I) (Wang et al., CVPR 2020, arXiv:1911.12207), and choose by mean absolute weight.
