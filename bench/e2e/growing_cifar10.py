@@ -189,7 +189,7 @@ def section(rows: list[dict]) -> list[str]:
         f"{', '.join(commits)}{' (+: uncommitted changes)' if any('+' in c for c in commits) else ''}; "
         f"{min(row['provenance']['date'] for row in rows)[:10]}.",
         "",
-        f"    {facts['command']}",
+        *(f"    {command}" for command in dict.fromkeys(row["provenance"]["command"] for row in rows)),
         "",
         f"Base network: {base['acc']:.2%}, {base['macs'] / 1e6:.2f} M MACs, {base['params'] / 1e3:.1f} k parameters.",
         "",
