@@ -24,6 +24,7 @@ norm(conv(W, W) - I) (Wang et al., CVPR 2020, arXiv:1911.12207), and choose by m
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -81,6 +82,7 @@ class TPP(GrowingMethod):
             _check_two_dimensional(self.name, self.model)
         super().prepare()
         self._find_rows()
+        self._gram_plan()  # not in the first step
         self._start = {w: w.detach().clone() for w in self._rows} if o.scheme == "v4" else {}
 
     def _regularised(self, group: Group) -> list[tuple[str, int]]:
@@ -114,11 +116,12 @@ class TPP(GrowingMethod):
             return super().penalty()
         weight = o.weight * level if with_level else o.weight
         if o.scheme == "v6":
-            return _gram_penalty(parameters, plan, weight, o.kept_weight)
-        total = _gram_penalty(parameters, plan, 1.0, 0.0 if o.scheme == "v5" else 1.0, weight)
+            return penalty_of(*_gram(parameters, plan, weight, o.kept_weight))
+        value, weights, grads = _gram(parameters, plan, 1.0, 0.0 if o.scheme == "v5" else 1.0)
         if o.scheme == "v4":
-            total = total + _orthogonality(parameters, "energy", o.weight, references=self._references(parameters))
-        return total
+            energy, _, more = _orthogonality(parameters, "energy", self._references(parameters))
+            value, grads = value + energy, torch._foreach_add(grads, more)
+        return penalty_of(value, weights, grads, weight)
 
     def _references(self, parameters: Sequence[nn.Parameter]) -> list[Tensor]:
         """The weights at the start, which follow the model to another device or memory format."""
@@ -131,17 +134,20 @@ class TPP(GrowingMethod):
         """Schemes v1 and v2."""
         kinds: dict[str, list[nn.Parameter]] = {}
         for w in dict.fromkeys(self.model.get_submodule(name).weight for name in layers(self.model)):  # tied ones once
-            if self.options.scheme == "v1" and w[0, 0].numel() > 1:
+            if self.options.scheme == "v1" and math.prod(w.shape[2:]) > 1:
                 kind = "conv"
             else:
                 kind = "columns" if w.shape[0] < w.shape[1] else "rows"
             if w.requires_grad:
                 kinds.setdefault(kind, []).append(w)
-        terms = []
+        if not kinds:
+            return super().penalty()
+        value, weights, grads = None, [], []
         for kind, ws in kinds.items():
             strides, paddings = ([2] * len(ws), [1] * 2 * len(ws)) if kind == "conv" else ((), ())
-            terms.append(_orthogonality(ws, kind, self.options.weight, strides=strides, paddings=paddings))
-        return sum(terms[1:], terms[0]) if terms else super().penalty()
+            term, _, more = _orthogonality(ws, kind, strides=strides, paddings=paddings)
+            value, weights, grads = term if value is None else value + term, weights + ws, grads + more
+        return penalty_of(value, weights, grads, self.options.weight)
 
     def _find_rows(self) -> None:
         """The weights that lose filters, each once, and which of their rows stay."""
@@ -232,7 +238,7 @@ class _OrthogonalMethod(MagnitudeMethod):
             strides = [self._strides[w] for w in trained]
             kernels = [w.shape[2:] if w.dim() == 4 else (1, 1) for w in trained]
             paddings = [(k - 1) // s * s for s, kernel in zip(strides, kernels, strict=True) for k in kernel]
-        return _orthogonality(trained, self.form, self.options.weight, strides=strides, paddings=paddings)
+        return penalty_of(*_orthogonality(trained, self.form, (), strides, paddings), self.options.weight)
 
 
 @register("orth-kernel")
@@ -256,26 +262,26 @@ def _check_two_dimensional(who: str, model: nn.Module) -> None:
             raise ValueError(f"{who}: conv(W, W) is for 2-D convolutions and linear layers; {name} has {shape}")
 
 
-def _gram_penalty(
-    weights: Sequence[nn.Parameter], plan: GramPlan, cut: float, kept: float, weight: float = 1.0
-) -> Tensor:
-    with torch.no_grad():
-        value, grads = value_and_grad(weights, plan, cut, kept, None, _backend(weights, "rows"))
-    return penalty_of(value, weights, grads, weight)
+Term = tuple[Tensor, list[Tensor], list[Tensor]]  # value, weights, gradients
 
 
+@torch.no_grad()
+def _gram(weights: list[nn.Parameter], plan: GramPlan, cut: float, kept: float) -> Term:
+    value, grads = value_and_grad(weights, plan, cut, kept, None, _backend(weights, "rows"))
+    return value, weights, grads
+
+
+@torch.no_grad()
 def _orthogonality(
-    weights: Sequence[nn.Parameter],
+    weights: list[nn.Parameter],
     kind: str,
-    weight: float,
     references: Sequence[Tensor] = (),
     strides: Sequence[int] = (),
     paddings: Sequence[int] = (),
-) -> Tensor:
-    args = kind, references, strides, paddings, kind == "conv"
-    with torch.no_grad():
-        value, grads = orthogonality_value_and_grad(weights, *args, _backend([*weights, *references], kind))
-    return penalty_of(value, weights, grads, weight)
+) -> Term:
+    backend = _backend([*weights, *references], kind)
+    value, grads = orthogonality_value_and_grad(weights, kind, references, strides, paddings, kind == "conv", backend)
+    return value, weights, grads
 
 
 def _backend(tensors: Sequence[Tensor], kind: str) -> str:
