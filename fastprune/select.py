@@ -159,14 +159,35 @@ def pick_array(
     if np.isnan(scores).any():
         raise ValueError("pick: NaN scores; a loss or a gradient overflowed")
     count = min(number_removed(ratio, len(scores), limit), max(0, len(scores) - min_keep))
-    if order == "rand":
-        ranked = np.random.RandomState(seed).permutation(len(scores))
-    else:
-        lowest_first = np.argsort(scores, kind="stable")
-        ranked = lowest_first if order == "min" else lowest_first[::-1]
     keep = np.ones(len(scores), bool)
-    keep[ranked[:count]] = False
+    keep[_ranked_array(scores, order, seed)[:count]] = False
     return keep
+
+
+def pick_arrays_globally(
+    scores: Mapping[str, np.ndarray], ratio: float, order: str = "min", min_keep: int = 1, seed: int = 42
+) -> dict[str, np.ndarray]:
+    """:func:`pick_globally` for scores that are on the host, each (C,), without a call of PyTorch."""
+    sizes = [len(score) for score in scores.values()]
+    together = np.concatenate([np.zeros(0), *scores.values()])
+    if np.isnan(together).any():
+        bad = next(name for name, score in scores.items() if np.isnan(score).any())
+        raise ValueError(f"pick_globally: NaN scores in {bad}; a loss or a gradient overflowed")
+    ranked, group_of = _ranked_array(together, order, seed), np.repeat(np.arange(len(sizes)), sizes)
+    floor = np.zeros(len(together), bool)
+    for i in range(len(sizes)):
+        floor[ranked[group_of[ranked] == i][-min_keep:]] = True
+    keep = np.ones(len(together), bool)
+    keep[ranked[~floor[ranked]][: math.ceil(ratio * len(together))]] = False
+    return dict(zip(scores, np.split(keep, np.cumsum(sizes)[:-1]), strict=True))
+
+
+def _ranked_array(scores: np.ndarray, order: str, seed: int) -> np.ndarray:
+    """Indices in the order in which they go."""
+    if order == "rand":
+        return np.random.RandomState(seed).permutation(len(scores))
+    lowest_first = np.argsort(scores, kind="stable")
+    return lowest_first if order == "min" else lowest_first[::-1]
 
 
 def pick_globally(

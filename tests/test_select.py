@@ -11,7 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fastprune.select import keep_masks, number_removed, pick, pick_globally
+from fastprune.select import keep_masks, number_removed, pick, pick_array, pick_arrays_globally, pick_globally
 
 PICKS = np.load(Path(__file__).parent / "golden" / "picks.npz")
 GOLDEN = np.load(Path(__file__).parent / "golden" / "rni.npz")
@@ -224,3 +224,20 @@ def test_picks_take_every_float_type(dtype):
 def test_errors_of_picks_say_what_to_do(call, message):
     with pytest.raises(ValueError, match=message):
         call(torch.rand(8))
+
+
+@pytest.mark.parametrize("order", ["min", "max", "rand"])
+def test_arrays_are_picked_like_tensors(order):
+    rng = np.random.default_rng(0)
+    for size, ratio, least in ((1, 0.9, 1), (7, 0.5, 2), (40, 0.07, 1), (40, 0.97, 3)):
+        scores = {name: rng.integers(0, 6, n).astype(float) for name, n in (("a", size), ("b", 5), ("c", 30))}  # ties
+        tensors = {name: torch.from_numpy(score) for name, score in scores.items()}
+        keep = pick_arrays_globally(scores, ratio, order, least, seed=3)
+        for name, mask in pick_globally(tensors, ratio, order, least, seed=3).items():
+            assert torch.from_numpy(keep[name]).equal(mask)
+        for limit in ("greg", "tpp"):
+            one = pick_array(scores["a"], ratio, order, limit, 3, least)
+            assert torch.from_numpy(one).equal(pick(tensors["a"], ratio, order, limit, 3, least))
+    scores["b"][1] = np.nan
+    with pytest.raises(ValueError, match="pick_globally: NaN scores in b"):
+        pick_arrays_globally(scores, 0.5)

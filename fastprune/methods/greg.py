@@ -27,7 +27,6 @@ from fastprune.growing import GrowingCoefficients, Growth
 from fastprune.methods.base import register
 from fastprune.methods.magnitude import MagnitudeMethod, MagnitudeOptions, _enter
 from fastprune.parallel import processes, same_in_all_processes
-from fastprune.select import pick_array
 
 
 @dataclass(frozen=True)
@@ -102,7 +101,7 @@ class GrowingMethod(MagnitudeMethod):
     # What will be cut
 
     def _choose_now(self) -> dict[str, Tensor]:
-        return self.weight_masks() if self.by_weight else self.choose(super().scores())
+        return self.weight_masks() if self.by_weight else super().keep_masks()
 
     def keep_masks(self) -> dict[str, Tensor]:
         """Per group bool (C,), True = keep; before ``greg-2`` has chosen, what it would choose now."""
@@ -127,11 +126,8 @@ class GrowingMethod(MagnitudeMethod):
             self._growing = [name for name, mask in chosen.items() if not mask.all()]
         if self.by_weight:
             return dict.fromkeys(self._growing, 2), np.tile([True, False], len(self._growing))
-        return {name: self.groups[name].size for name in self._growing}, self._goes(chosen)
-
-    def _goes(self, keep: dict[str, Tensor]) -> np.ndarray:
-        """What is not kept of the growing layers, bool (K,)."""
-        return np.concatenate([np.zeros(0, bool), *((~keep[name]).numpy() for name in self._growing)])
+        goes = np.concatenate([np.zeros(0, bool), *((~chosen[name]).numpy() for name in self._growing)])
+        return {name: self.groups[name].size for name in self._growing}, goes
 
     # Coefficients
 
@@ -199,15 +195,8 @@ class GrowingMethod(MagnitudeMethod):
         """What would be cut if it were chosen now."""
         if self.by_weight:
             return np.tile([True, False], len(self._growing))
-        if self.scope == "global" or self._same or self._inherited:
-            return self._goes(self.choose(self.split(magnitudes)))
-        o, ratios = self.options, self.ratio if isinstance(self.ratio, dict) else {}
-        parts = [np.zeros(0, bool)]
-        for name in self._growing:  # in NumPy: a call of PyTorch per layer would cost more than the update
-            values = magnitudes[self._bases[name] : self._bases[name] + self.groups[name].size]
-            ratio = ratios.get(name, self.ratio)
-            parts.append(~pick_array(values, ratio, self.order, o.limit, o.seed, o.min_keep))
-        return np.concatenate(parts)
+        keep = self.choose_channels(magnitudes)
+        return np.concatenate([np.zeros(0, bool), *(~keep[name] for name in self._growing)])
 
     @torch.no_grad()
     def _write_coefficients(self) -> None:

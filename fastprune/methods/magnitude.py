@@ -15,6 +15,8 @@ layer; ``"2:4"`` and the like, the 2 largest of each 4 neighbours along the inpu
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
+from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
 
@@ -27,7 +29,7 @@ from fastprune.graph import ChannelGraph, Group
 from fastprune.methods.base import Method, Options, register
 from fastprune.ops import filter_norm
 from fastprune.ratios import Ratio, constrained, inherited
-from fastprune.select import LIMITS, SCOPES, pick, pick_globally
+from fastprune.select import LIMITS, SCOPES, pick, pick_array, pick_arrays_globally, pick_globally
 
 GROUPS = ("filter", "channel", "weight")
 _PATTERN = re.compile(r"(\d+):(\d+)")
@@ -156,18 +158,16 @@ class MagnitudeMethod(Method):
             values.append(norms[rows.dim][start : at[rows.dim]])
         return self._sum(values) / self._elements
 
-    def split(self, values: np.ndarray) -> dict[str, Tensor]:
-        """(K,) to one tensor per group."""
-        return {
-            name: torch.from_numpy(values[base : base + self.groups[name].size]) for name, base in self._bases.items()
-        }
+    def split(self, values: np.ndarray) -> dict[str, np.ndarray]:
+        """(K,) to one (C,) per group."""
+        return {name: values[base : base + self.groups[name].size] for name, base in self._bases.items()}
 
     def scores(self) -> dict[str, Tensor]:
         """Mean absolute weight of each channel, (C,) float64 by group, on the CPU; with weights: their absolute values,
         flat, by layer."""
         if self.by_weight:
             return {name: w.detach().abs().flatten() for name, w in self.weights.items()}
-        return self.split(self.magnitudes())
+        return {name: torch.from_numpy(values) for name, values in self.split(self.magnitudes()).items()}
 
     # What is chosen
 
@@ -185,7 +185,7 @@ class MagnitudeMethod(Method):
         """Per group bool (C,), True = keep; all True with single weights."""
         if self.by_weight:
             return {name: torch.ones(group.size, dtype=torch.bool) for name, group in self.groups.items()}
-        return self.choose(self.scores())
+        return {name: torch.from_numpy(keep) for name, keep in self.choose_channels(self.magnitudes()).items()}
 
     @torch.no_grad()
     def weight_masks(self) -> dict[str, Tensor]:
@@ -197,7 +197,7 @@ class MagnitudeMethod(Method):
         if not self.by_weight:
             raise ValueError(f"{self.name}: weight_masks needs group='weight' or 'N:M'; use keep_masks()")
         if self.pattern is None:
-            chosen = self.choose(self.scores())
+            chosen = self.choose(self.scores(), pick, pick_globally)
             return {f"{name}.weight": chosen[name].view(w.shape) for name, w in self.weights.items()}
         ratios = self.ratio if isinstance(self.ratio, dict) else dict.fromkeys(self.weights, self.ratio)
         masks = {}
@@ -218,11 +218,16 @@ class MagnitudeMethod(Method):
                 masks[f"{name}.weight"] = torch.ones_like(w, dtype=torch.bool)
         return masks
 
-    def choose(self, scores: dict[str, Tensor]) -> dict[str, Tensor]:
+    def choose_channels(self, magnitudes: np.ndarray) -> dict[str, np.ndarray]:
+        """Keep-masks from magnitudes, (K,); in NumPy, since greg-2 asks for them at every update, and a call of PyTorch
+        per layer would cost more than the update."""
+        return self.choose(self.split(magnitudes), pick_array, pick_arrays_globally)
+
+    def choose(self, scores: dict[str, Any], pick: Callable, pick_globally: Callable) -> dict[str, Any]:
         """Keep-masks from scores, by ratio, scope, count rule and constraints."""
         o = self.options
-        if self._inherited:
-            keep = {name: self._inherited[name].clone() for name in scores}
+        if self._inherited:  # of channels only
+            keep = {name: mask.numpy().copy() for name, mask in self._inherited.items()}
         elif self.scope == "global" and not isinstance(self.ratio, dict):
             keep = pick_globally(scores, self.ratio, self.order, min_keep=o.min_keep, seed=o.seed)
         else:
@@ -230,7 +235,7 @@ class MagnitudeMethod(Method):
             args = self.order, o.limit, o.seed, o.min_keep
             keep = {name: pick(score, ratios[name], *args) for name, score in scores.items()}
         for first, *others in self._same:
-            keep |= {name: keep[first].clone() for name in others}
+            keep |= {name: deepcopy(keep[first]) for name in others}
         return keep
 
     # What is zeroed
