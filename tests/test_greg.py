@@ -175,7 +175,7 @@ def test_a_grad_scaler_changes_nothing(ours):
 @pytest.mark.parametrize("ours", [True, False])
 def test_gradients_that_were_unscaled_to_clip_them_are_not_unscaled_again(ours):
     weights = []
-    for scaler in (None, torch.amp.GradScaler("cpu", init_scale=2.0**10)):
+    for scaler in (None, *(torch.amp.GradScaler("cpu", init_scale=2.0**10, enabled=on) for on in (True, False))):
         model = net(torch.float64)
         method = fp.create("greg-1", model, X.double(), ratio=RATIO, **short("greg-1"))
         optimizer = sgd(model, ours=ours)
@@ -190,8 +190,9 @@ def test_gradients_that_were_unscaled_to_clip_them_are_not_unscaled_again(ours):
             if scaler:
                 scaler.update()
         weights.append(model.state_dict())
-    for a, b in zip(*(w.values() for w in weights), strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-14)
+    for a, b, c in zip(*(w.values() for w in weights), strict=True):
+        torch.testing.assert_close(b, a, rtol=1e-12, atol=1e-14)
+        torch.testing.assert_close(c, a, rtol=0, atol=0)
 
 
 def test_methods_that_read_gradients_refuse_a_grad_scaler():

@@ -249,8 +249,8 @@ def fits(p: Tensor, part: Tensor) -> bool:
 
 
 def _unscaled(scaler: torch.amp.GradScaler, optimizer: torch.optim.Optimizer) -> bool:
-    """Whether the caller has done it already, to clip gradients; a second time would raise."""
-    return scaler._per_optimizer_states[id(optimizer)]["stage"] is OptState.UNSCALED
+    """Whether there is nothing to do, or the caller has done it, to clip gradients; a second time would raise."""
+    return not scaler.is_enabled() or scaler._per_optimizer_states[id(optimizer)]["stage"] is OptState.UNSCALED
 
 
 def alike(params: Iterable[Tensor]) -> list[list[Tensor]]:
