@@ -589,10 +589,11 @@ def test_the_growing_page_shows_what_was_missed():
     speedup = {"eager": {"ratio": 0.943}, "loop-tpp": {"ratio": 1.5}}
     metrics = {"calls_added": 11, "our_calls": 2, "calls_added_update": 14, "our_calls_update": 3}
     row = result("tpp", 1.0, cost=cost, speedup=speedup, metrics=metrics)
-    row["case"] |= {"net": "resnet56", "allocator": "tuned"}
+    row["case"] |= {"net": "resnet56", "allocator": "tuned", "interval": 5}
+    row["rounds"] = 7
     text = growing.page([row])
     cells = "1.060x (1.060, 1.000-1.100) | at most 1.05x | 1.500x | 1.0050x | 11 (2) | 14 (3) |"
-    assert f"| resnet56 | AMD EPYC | tuned | tpp | {cells}" in text
+    assert f"| resnet56 | AMD EPYC | tuned | 5 | 7 | tpp | {cells}" in text
     missed = [line for line in text.splitlines() if line.startswith("- resnet56")]
     assert [line.split(": ")[1] for line in missed] == ["time 1.06, goal 1.05", "11 ATen calls added, goal 10"]
     cost["time"]["ratio"], metrics["calls_added"] = 1.05, 10

@@ -146,14 +146,15 @@ def bench(args: argparse.Namespace, net: str, allocator: str) -> list[dict]:
     print(f"{net}: methods against loops, {', '.join(f'{name} {d:.1e}' for name, d in apart.items())}", flush=True)
     if not max(apart.values()) <= TOLERANCE:  # NaN too
         raise SystemExit(f"bench: methods and loops differ by {apart}, so nothing was timed")
-    steps = {impl: make_step(impl, model, x, target, args.interval)[0] for impl in BASES}
+    chosen = [impl for impl in BASES if impl in args.impls or impl in ("eager", *(BASES[i] for i in args.impls))]
+    steps = {impl: make_step(impl, model, x, target, args.interval)[0] for impl in chosen}
     calls = {impl: lambda step=step: [step() for _ in range(args.interval)] for impl, step in steps.items()}
     samples = harness.interleave(calls, rounds=args.rounds, sample_s=0.0, clock=harness.clock_for(args))
     samples = {impl: [us / args.interval for us in values] for impl, values in samples.items()}
     case = {"net": net, "batch": args.batch, "ratio": RATIO, "interval": args.interval}
     case |= harness.setting(args, allocator)
     loops = {impl: [f"loop-{impl.removesuffix('-fused')}"] for impl in BASES}
-    over = {impl: [o for o in ["eager", *loops[impl]] if o in BASES and o != impl] for impl in BASES}
+    over = {impl: [o for o in ["eager", *loops[impl]] if o in chosen and o != impl] for impl in chosen}
     rows = harness.rows_of("growing", case, samples, over)
     found: dict[str, dict] = {}
     for row in rows:
@@ -203,9 +204,9 @@ def page(rows: list[dict]) -> str:
         "method by a Python loop over the layers of the eager network. ATen calls are those added to the step without",
         "the method, between two updates of the coefficients and in a step with one; in brackets fastprune's own.",
         "",
-        "| net | device | allocator | implementation | time | goal | over the loop | peak memory | ATen calls added "
-        "| with an update |",
-        "| --- | --- | --- | --- | ---: | ---: | ---: | ---: | ---: | ---: |",
+        "| net | device | allocator | steps per update | rounds | implementation | time | goal | over the loop "
+        "| peak memory | ATen calls added | with an update |",
+        "| --- | --- | --- | ---: | ---: | --- | ---: | ---: | ---: | ---: | ---: | ---: |",
     ]
     missed = []
     for row in rows:
@@ -214,7 +215,7 @@ def page(rows: list[dict]) -> str:
         case, cost, metrics, impl = row["case"], row["cost"], row["metrics"], row["impl"]
         device, time, goal = row["provenance"]["device"], cost["time"], GOALS.get(impl)
         loop = next((s["ratio"] for over, s in row["speedup"].items() if over.startswith("loop-")), None)
-        cells = [case["net"], device, case["allocator"], impl]
+        cells = [case["net"], device, case["allocator"], str(case["interval"]), str(row["rounds"]), impl]
         cells.append(f"{time['ratio']:.3f}x ({time['median']:.3f}, {time['p20']:.3f}-{time['p80']:.3f})")
         cells += [f"at most {goal:.2f}x" if goal else "", f"{loop:.3f}x" if loop else "", f"{cost['peak']:.4f}x"]
         for kind in ("", "_update"):
@@ -222,7 +223,7 @@ def page(rows: list[dict]) -> str:
             cells.append("" if added is None else f"{added} ({metrics[f'our_calls{kind}']})")
         text.append(f"| {' | '.join(cells)} |")
         if goal:
-            where = f"- {case['net']}, {device}, allocator {case['allocator']}, {impl}"
+            where = f"- {case['net']}, {device}, allocator {case['allocator']}, {case['interval']} steps, {impl}"
             if time["ratio"] > goal:
                 missed.append(f"{where}: time {time['ratio']:g}, goal {goal:g}")
             if metrics["calls_added"] > CALLS_GOAL:
@@ -243,6 +244,7 @@ def main() -> None:
     p = harness.arguments("Time training steps with and without growing regularisation.", tests)
     p.add_argument("--nets", nargs="+", choices=NETS, default=["resnet56"])
     p.add_argument("--batch", type=int, default=128)
+    p.add_argument("--impls", nargs="+", choices=BASES, default=list(BASES), help="eager is always among them")
     p.add_argument("--interval", type=int, default=10, help="steps between two updates of the coefficients")
     p.add_argument("--allocator", choices=("default", "tuned", "both"), default="both")
     p.add_argument("--render", action="store_true", help="only write the page again, from all rows")
