@@ -120,6 +120,17 @@ def test_the_magnitude_ratio_ends_growing_early():
     assert len(method.log[0]["magnitudes"]) == 14
 
 
+@pytest.mark.parametrize("name", GROWING)
+def test_the_log_has_magnitudes_and_coefficients(name):
+    model = net()
+    method = fp.create(name, model, X, ratio=RATIO, **short(name, log_every=2))
+    expected = torch.cat(list(method.scores().values()))
+    train(model, method, sgd(model), steps=9)
+    assert [row["step"] for row in method.log] == [0, 4, 8]
+    torch.testing.assert_close(torch.tensor(method.log[0]["magnitudes"], dtype=torch.float64), expected)
+    assert all(len(row["level"]) == len(row["ratios"]) == 2 for row in method.log)
+
+
 # --- any optimizer -------------------------------------------------------------------------------------------------
 
 

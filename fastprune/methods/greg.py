@@ -61,7 +61,8 @@ class GrowingMethod(MagnitudeMethod):
     Attributes:
         finished: Everything chosen is zero and held there.
         log: With ``log_every``: dicts of ``step``, ``level`` (layers,), the coefficient of what is cut, ``ratios``
-            (layers,), the running magnitude ratios, and ``magnitudes`` (K,), the mean absolute weight per channel.
+            (layers,), the running magnitude ratios (nan with methods that do not look at them), and ``magnitudes``
+            (K,), the mean absolute weight per channel (None with single weights).
     """
 
     Options = GrowingOptions
@@ -169,7 +170,9 @@ class GrowingMethod(MagnitudeMethod):
         if not self.growth.due(self.steps):
             return
         magnitudes = picked = None
-        if not self.by_weight and (self.growth.growth.ratio_limit is not None or self.picks_later):
+        every = self.options.log_every
+        logged = every > 0 and self.steps // self.options.update_interval % every == 0
+        if not self.by_weight and (self.growth.growth.ratio_limit is not None or self.picks_later or logged):
             magnitudes = self.magnitudes()
         if self.growth.cut is None:
             picked = self._tentative(magnitudes)
@@ -181,8 +184,7 @@ class GrowingMethod(MagnitudeMethod):
         self._write_coefficients()
         if self.growth.finished:
             self.stable_since = self.steps
-        every = self.options.log_every
-        if every and self.steps // self.options.update_interval % every == 0:
+        if logged:
             entry = {"step": self.steps, "level": self.growth.level.tolist(), "ratios": self.growth.ratios.tolist()}
             self.log.append(entry | {"magnitudes": None if magnitudes is None else magnitudes.tolist()})
 
