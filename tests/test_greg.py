@@ -17,6 +17,11 @@ X = torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(0))
 GROWING = ["greg-1", "greg-2", "fix-reg", "tpp"]
 
 
+def in_groups(*groups):
+    """Growing methods with what each prunes: TPP filters only."""
+    return [(name, group) for name in GROWING for group in groups if name != "tpp" or group == "filter"]
+
+
 class Net(nn.Module):
     """The authors' test network; the second norm comes first in module order, where a search by order would find it."""
 
@@ -213,6 +218,18 @@ def test_methods_that_read_gradients_refuse_a_grad_scaler():
         method.step(sgd(model), scaler=torch.amp.GradScaler("cpu"))
 
 
+def test_maximizing_shrinks_too_or_is_refused():
+    model = net()
+    method = fp.create("greg-1", model, X, ratio=RATIO, **short("greg-1"))
+    for p in model.parameters():
+        p.grad = torch.zeros_like(p)
+    with pytest.raises(ValueError, match="greg-1: with maximize=True, SGD would grow what is to shrink"):
+        method.step(torch.optim.SGD(model.parameters(), lr=0.1, maximize=True))
+    before = model.a.weight.detach().abs().sum((1, 2, 3))
+    method.step(fp.optim.GrowingSGD(model.parameters(), lr=0.1, maximize=True))
+    assert (model.a.weight.detach().abs().sum((1, 2, 3)) < before).equal(~method.keep_masks()["a"])
+
+
 def test_coefficients_act_between_two_updates_and_not_after_the_cut():
     model = net(torch.float64)
     method = fp.create("greg-1", model, X.double(), ratio=RATIO, **short("greg-1", update_interval=4, stabilize=2))
@@ -250,12 +267,9 @@ def test_frozen_parameters_are_left_out_of_the_step(group):
 # --- resuming ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", GROWING)
-@pytest.mark.parametrize("group", ["filter", "weight"])
+@pytest.mark.parametrize("name, group", in_groups("filter", "weight"))
 @pytest.mark.parametrize("at", [1, 5, 12, 14, 30])
 def test_a_resumed_run_ends_bit_for_bit_the_same(name, group, at):
-    if name == "tpp" and group == "weight":
-        pytest.skip("TPP prunes filters")
     options = short(name, group=group, log_every=2)
 
     def start():
@@ -373,11 +387,8 @@ def test_a_layer_that_only_a_tie_cuts_is_pushed_too():
         assert set(method.reg) == {model[0].weight, model[2].weight}, name
 
 
-@pytest.mark.parametrize("name", GROWING)
-@pytest.mark.parametrize("group", ["filter", "channel", "weight", "2:4"])
+@pytest.mark.parametrize("name, group", in_groups("filter", "channel", "weight", "2:4"))
 def test_a_run_with_nothing_to_cut_ends(name, group):
-    if name == "tpp" and group != "filter":
-        pytest.skip("TPP prunes filters")
     model, other = net(), net()
     method = fp.create(name, model, X, ratio=0.0, group=group, **short(name))
     train(model, method, sgd(model), steps=2)

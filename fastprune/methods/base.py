@@ -161,6 +161,9 @@ class Method:
                 other one there is a launch before and one after it.
             loss: Scalar, for methods that decide by it.
             scaler: Gradients are scaled by it; call ``scaler.update()`` afterwards, as ever.
+
+        Raises:
+            ValueError: A regularisation, and an optimizer other than ours with ``maximize=True``.
         """
         self.after_backward()
         if self.held and not fits(*next(iter(self.held.items()))):
@@ -169,6 +172,11 @@ class Method:
         if ours:  # a frozen parameter may be none of the optimizer's
             optimizer.constrain(*({p: t for p, t in of.items() if p.requires_grad} for of in (self.reg, self.held)))
         elif self.reg:
+            if any(group.get("maximize") for group in optimizer.param_groups):
+                raise ValueError(
+                    f"{self.name}: with maximize=True, {type(optimizer).__name__} would grow what is to shrink; "
+                    "minimise the negative loss, or use fastprune.optim.GrowingSGD"
+                )
             if scaler is not None and not _unscaled(scaler, optimizer):
                 scaler.unscale_(optimizer)
             for params in alike(p for p in self.reg if p.grad is not None):
