@@ -19,3 +19,11 @@ def seeded_and_poisoned():
     torch.use_deterministic_algorithms(True, warn_only=True)
     yield
     torch.use_deterministic_algorithms(False)
+
+
+def pytest_collection_modifyitems(items):
+    """Mark what runs a kernel of the GPU: there on the GPU, else in Triton's interpreter."""
+    for item in items:
+        values = item.callspec.params.values() if hasattr(item, "callspec") else ()
+        if item.path.name == "test_triton_kernels.py" or any(v in ("triton", "cuda") for v in values if type(v) is str):
+            item.add_marker("gpu")
