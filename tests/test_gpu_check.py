@@ -74,4 +74,4 @@ def test_refuses_without_a_gpu(tmp_path):
     env = os.environ | {"CUDA_VISIBLE_DEVICES": "", "PYTHON": sys.executable}
     done = subprocess.run(["bash", SCRIPT, tmp_path], env=env, capture_output=True, text=True)
     assert done.returncode == 1
-    assert done.stderr == "gpu_check: PyTorch sees no GPU here; `make test` runs the same kernels in Triton's interpreter\n"
+    assert done.stderr.startswith("gpu_check: PyTorch sees no GPU here") and done.stderr.count("\n") == 1
