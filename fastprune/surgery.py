@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import is_dataclass
 from typing import Any
@@ -61,6 +61,7 @@ def shrink(model: nn.Module, plan: Plan, optimizer: torch.optim.Optimizer | None
         ValueError: The optimizer's state has a form that cannot be cut; nothing was changed.
     """
     tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    shapes = {name: tuple(tensors[name].shape) for name in plan}
     state: dict[Any, Any] = optimizer.state if optimizer is not None else {}
     constraints = (optimizer._reg, optimizer._keep) if isinstance(optimizer, GrowingSGD) else ()
     cut, constrained = [], []
@@ -84,10 +85,51 @@ def shrink(model: nn.Module, plan: Plan, optimizer: torch.optim.Optimizer | None
             state[t].update(entries)
     for of, t, part in constrained:
         of[id(t)] = t, part
+    for name, dims in plan.items():
+        record_keep(model, name, shapes[name], dims)
     changed = {id(t) for t, *_ in cut}
     for m in model.modules():
         if any(id(t) in changed for t in (*m._parameters.values(), *m._buffers.values())):
             _resize(m)
+
+
+def record_keep(model: nn.Module, name: str, shape: Sequence[int], dims: Mapping[int, Tensor]) -> None:
+    """Note that a tensor of a model has been cut, for :func:`keep_lists`.  Cuts of the same tensor are composed.
+
+    The note is plain data on the module that owns the tensor, so it follows the module through ``deepcopy``,
+    ``torch.save`` and into other models, and goes with it when another module takes its place.
+
+    Args:
+        model: Has the tensor, in its new size or still in the old one.
+        name: Of a parameter or buffer.
+        shape: Before this cut.
+        dims: Dimension to the indices that stay, int64, ascending; dimensions that stay whole are left out.
+    """
+    path, _, leaf = name.rpartition(".")
+    notes = vars(model.get_submodule(path)).setdefault("_kept", {})
+    first, before = notes.get(leaf, (tuple(shape), {}))
+    after = {dim: before[dim][stays.cpu()] if dim in before else stays.cpu() for dim, stays in dims.items()}
+    notes[leaf] = first, {**before, **after}
+
+
+def keep_lists(model: nn.Module) -> Plan:
+    """What is left of each parameter and buffer that was ever cut.
+
+    Returns: Tensor name to dimension to the indices that stay, int64, ascending, on the CPU, into that dimension as it
+        was before the first cut (see :func:`first_shapes`).  Tensors and dimensions that are whole are not in it.
+    """
+    return {name: dict(dims) for name, (_, dims) in _notes(model)}
+
+
+def first_shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
+    """Shape before the first cut, of each tensor in :func:`keep_lists`."""
+    return {name: shape for name, (shape, _) in _notes(model)}
+
+
+def _notes(model: nn.Module) -> Iterator[tuple[str, tuple[tuple[int, ...], dict[int, Tensor]]]]:
+    for path, m in model.named_modules():
+        for leaf, note in vars(m).get("_kept", {}).items():
+            yield f"{path}.{leaf}" if path else leaf, note
 
 
 def _select(t: Tensor, dims: dict[int, Tensor]) -> Tensor:
