@@ -67,7 +67,7 @@ def prove(model: nn.Module, graph: ChannelGraph, keep: Keep, example_inputs: Any
     """
     plan = graph.kept(keep)
     try:
-        worst, what = compare(model, plan, lambda copy: graph.mask_(copy, keep), example_inputs)
+        worst, _, what = compare(model, plan, lambda copy: graph.mask_(copy, keep), example_inputs)
     except GraphError as e:
         raise GraphError(f"compact: {e}; check=False skips the proof") from e
     if worst > TOLERANCE:

@@ -20,7 +20,7 @@ from __future__ import annotations
 import math
 import random
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Set
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -32,9 +32,10 @@ from torch import Tensor, nn
 
 from fastprune import backends
 from fastprune.errors import GraphError, did_you_mean
-from fastprune.labels import Row, Tracer, pointwise, register_rule
+from fastprune.labels import NUMBER, Row, Tracer
 from fastprune.nn import MaskedConv2d
-from fastprune.surgery import TOLERANCE, call, compare, leaves, map_tensors
+from fastprune.rules import pointwise, register_rule, rule_of
+from fastprune.surgery import TOLERANCE, call, compare, leaves, map_tensors, number
 
 __all__ = ["ChannelGraph", "Group", "Index", "pointwise", "register_rule", "trace"]
 
@@ -164,7 +165,10 @@ class ChannelGraph:
         return checked
 
     def kept(self, keep: Keep) -> dict[str, dict[int, Tensor]]:
-        """Indices that stay, for every tensor that gets smaller: ``{tensor name: {dim: int64 indices, ascending}}``."""
+        """Indices that stay, for every tensor that gets smaller: ``{tensor name: {dim: int64 indices, ascending}}``.
+
+        Integers in modules that count channels, such as ``layer1.0.width``, are among them, with dimension -1.
+        """
         checked = self.check_keep(keep)
         masks = [checked[g.name].numpy() if g.name in checked else np.ones(g.size, bool) for g in self.groups.values()]
         stays = np.concatenate([*masks, [True]])[self.channel_of]  # frozen labels are -1 and find the last True
@@ -183,6 +187,13 @@ class ChannelGraph:
         """
         tensors = dict(_named_tensors(model))
         for row in self.rows:
+            if row.dim == NUMBER:
+                if (got := number(model, row.name)) != row.size:
+                    raise GraphError(
+                        f"the graph was traced on another model: expected {row.name} to be {row.size}, got {got}; "
+                        "trace the model again"
+                    )
+                continue
             t = tensors.get(row.name)
             if t is None or t.dim() <= row.dim or t.shape[row.dim] != row.size:
                 got = "no such tensor" if t is None else tuple(t.shape)
@@ -316,9 +327,11 @@ def trace(model: nn.Module, example_inputs: Any, *, strict: bool | None = None) 
         raise ValueError("trace: expected the module itself, got a DistributedDataParallel; trace its .module")
     if any(nn.parameter.is_lazy(p) for p in model.parameters()):
         raise ValueError("trace: the model has lazy parameters; run it once on example_inputs first")
-    tracer, graph, idle = _trace(model, example_inputs, bool(strict))
-    if strict is None and tracer.assumed and not _holds(model, graph, example_inputs):
-        tracer, graph, idle = _trace(model, example_inputs, True)
+    refused: set[type] = {nn.MultiheadAttention}  # widths and heads are written into it
+    tracer, graph, idle = _trace(model, example_inputs, bool(strict), refused)
+    while strict is None and tracer.assumed and (where := _fails_in(model, graph, example_inputs)) is not None:
+        refused |= _suspects(tracer.assumed, where)
+        tracer, graph, idle = _trace(model, example_inputs, False, refused)
     if tracer.unknown:
         ops = "; ".join(f"{op} {why}" for op, why in tracer.unknown.items())
         warnings.warn(f"trace: {ops}; the channels that reach it stay unpruned (see register_rule)", stacklevel=2)
@@ -332,9 +345,11 @@ def trace(model: nn.Module, example_inputs: Any, *, strict: bool | None = None) 
     return graph
 
 
-def _trace(model: nn.Module, example_inputs: Any, strict: bool) -> tuple[Tracer, ChannelGraph, set[str]]:
+def _trace(
+    model: nn.Module, example_inputs: Any, strict: bool, refused: Set[type]
+) -> tuple[Tracer, ChannelGraph, set[str]]:
     """Watch the model once; also returns the modules whose parameters no op has read."""
-    tracer = Tracer(strict)
+    tracer = Tracer(rule_of, strict=strict, refused=refused)
     convs = [m for m in model.modules() if isinstance(m, nn.modules.conv._ConvNd)]
     masks = {id(b) for m in convs if isinstance(m, MaskedConv2d) for b in m.buffers(recurse=False)}  # cut like weights
     kernels = {id(m.weight) for m in convs} | masks
@@ -351,18 +366,28 @@ def _trace(model: nn.Module, example_inputs: Any, strict: bool) -> tuple[Tracer,
     return tracer, _assemble(tracer, model, train_error), idle
 
 
-def _holds(model: nn.Module, graph: ChannelGraph, example_inputs: Any) -> bool:
-    """Whether the model without half of each group, taken at random, is the masked model."""
+def _fails_in(model: nn.Module, graph: ChannelGraph, example_inputs: Any) -> str | None:
+    """First module that computes something else in the model without half of each group, taken at random, than in the
+    masked model; None if there is none."""
     generator = torch.Generator().manual_seed(0)
     keep = {}
     for name, group in graph.groups.items():
         stays = torch.randperm(group.size, generator=generator)[: max(1, group.size // 2)]
         keep[name] = torch.zeros(group.size, dtype=torch.bool).index_fill_(0, stays, True)
     try:
-        worst, _ = compare(model, graph.kept(keep), lambda copy: graph.mask_(copy, keep), example_inputs)
+        found = compare(model, graph.kept(keep), lambda copy: graph.mask_(copy, keep), example_inputs)
     except GraphError:  # nothing can be proved about this model
-        return False
-    return worst <= TOLERANCE
+        return ""
+    return found.module if found.gap > TOLERANCE else None
+
+
+def _suspects(assumed: Mapping[str, type], where: str) -> set[type]:
+    """Classes of the modules nearest to ``where`` of whose code something was assumed."""
+    while True:
+        near = {cls for path, cls in assumed.items() if not where or f"{path}.".startswith(f"{where}.")}
+        if near:
+            return near
+        where = where.rpartition(".")[0]
 
 
 def _watch(tracer: Tracer, model: nn.Module, example_inputs: Any) -> str | None:
@@ -372,10 +397,11 @@ def _watch(tracer: Tracer, model: nn.Module, example_inputs: Any) -> str | None:
         for t in leaves(inputs):
             tracer.add_input(t)
         model.train(training)
+        tracer.running = []
         try:
             # masked_conv2d in eager is made of ops that have rules, masks included
-            noted = _outputs_noted(tracer, model, enabled=not training)
-            with tracer, noted, backends.force("eager", "masked_conv2d"):
+            noted = _modules_noted(tracer, model, outputs=not training)
+            with tracer, noted, _unfused_attention(), backends.force("eager", "masked_conv2d"):
                 out = call(model, inputs)
         except Exception as e:
             if not training:
@@ -389,22 +415,38 @@ def _watch(tracer: Tracer, model: nn.Module, example_inputs: Any) -> str | None:
 
 
 @contextmanager
-def _outputs_noted(tracer: Tracer, model: nn.Module, enabled: bool) -> Iterator[None]:
-    if not enabled:
-        yield
-        return
+def _modules_noted(tracer: Tracer, model: nn.Module, outputs: bool) -> Iterator[None]:
     names = {id(m): name for name, m in model.named_modules()}
 
+    def enter(m: nn.Module, _: Any) -> None:
+        tracer.running.append((names.get(id(m), ""), m))
+
     def leave(m: nn.Module, _: Any, out: Any) -> None:
-        if id(m) in names:
+        tracer.running.pop()
+        if outputs and id(m) in names:
             tracer.output(names[id(m)], out)
 
     # for all modules at once: a module with a hook of its own might take another way (see fastprune.nn.fuse)
-    handle = nn.modules.module.register_module_forward_hook(leave)
+    handles = [
+        nn.modules.module.register_module_forward_pre_hook(enter),
+        nn.modules.module.register_module_forward_hook(leave),
+    ]
     try:
         yield
     finally:
-        handle.remove()
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
+def _unfused_attention() -> Iterator[None]:
+    """Transformer layers run as the ops they are made of, which compute the same."""
+    was = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(was)
 
 
 def _components(size: int, pairs: list[tuple[Tensor, Tensor]]) -> np.ndarray:
@@ -433,7 +475,7 @@ def _assemble(tracer: Tracer, model: nn.Module, train_error: str | None) -> Chan
     owner = [r.name.rpartition(".")[0] for r in rows]
     order = {name: i for i, (name, _) in enumerate(model.named_modules())}
     place = [(order.get(name, -1), r) for r, name in enumerate(owner)]  # sorts rows by module, then parameter
-    having: dict[str, set[int]] = {role: set() for role in (*_ROLES, "stem", "factor", "last")}
+    having: dict[str, set[int]] = {role: set() for role in (*_ROLES, "stem", "factor", "last", "product")}
     for role, r in tracer.roles:
         having[role].add(r)
 
@@ -447,7 +489,7 @@ def _assemble(tracer: Tracer, model: nn.Module, train_error: str | None) -> Chan
         makers = sorted(having["producer"].intersection(touched), key=place.__getitem__)
         if not makers:
             why |= dict.fromkeys(roots, "no convolution or linear layer produces it")
-        elif having["consumer"].isdisjoint(touched):
+        elif (having["consumer"] | having["product"]).isdisjoint(touched):
             why |= dict.fromkeys(roots, "no convolution or linear layer reads it")
         elif len(roots) == 1:
             why[roots[0]] = "the model ties all its channels into one"
@@ -514,10 +556,12 @@ def _outputs(tracer: Tracer, channel_of: np.ndarray) -> dict[str, Output]:
 
 def _by_signature(rows: list[Row], root: np.ndarray, frozen: np.ndarray) -> list[tuple[list[int], list[int]]]:
     """Bundle the channels that are not frozen by the set of rows they touch: (row numbers, roots) per bundle."""
-    row_of = np.repeat(np.arange(len(rows)), [r.size for r in rows])
+    row_of = np.full(len(root), -1)
+    for i, row in enumerate(rows):
+        row_of[row.start : row.start + row.size] = i
     is_frozen = np.zeros(len(root), bool)
     is_frozen[frozen] = True
-    alive = np.flatnonzero(~is_frozen[root[: len(row_of)]])
+    alive = np.flatnonzero(~is_frozen[root] & (row_of >= 0))
     if not len(alive):
         return []
     pairs = np.sort(root[alive] * len(rows) + row_of[alive])

@@ -6,7 +6,7 @@ import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import is_dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +16,17 @@ from fastprune.nn import MaskedConv2d
 from fastprune.optim import GrowingSGD
 
 TOLERANCE = 1e-9  # of the largest output, in float64: a different order of summation stays far below
-Plan = dict[str, dict[int, Tensor]]  # tensor name -> dim -> indices that stay
+# tensor name -> dim -> indices that stay; name of an integer in a module -> NUMBER -> indices, as many as it will be
+Plan = dict[str, dict[int, Tensor]]
+NUMBER = -1
+
+
+class Difference(NamedTuple):
+    """How far apart two models are: relative to the largest value, where first (a module's name), and in words."""
+
+    gap: float
+    module: str = ""
+    what: str = ""
 
 
 def call(model: nn.Module, example_inputs: Any) -> Any:
@@ -61,7 +71,9 @@ def shrink(model: nn.Module, plan: Plan, optimizer: torch.optim.Optimizer | None
         ValueError: The optimizer's state has a form that cannot be cut; nothing was changed.
     """
     tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
-    shapes = {name: tuple(tensors[name].shape) for name in plan}
+    numbers = {name: len(dims[NUMBER]) for name, dims in plan.items() if NUMBER in dims}
+    whole, plan = plan, {name: dims for name, dims in plan.items() if NUMBER not in dims}
+    shapes = {name: tuple(tensors[name].shape) for name in plan} | {name: (number(model, name),) for name in numbers}
     state: dict[Any, Any] = optimizer.state if optimizer is not None else {}
     constraints = (optimizer._reg, optimizer._keep) if isinstance(optimizer, GrowingSGD) else ()
     cut, constrained = [], []
@@ -85,24 +97,53 @@ def shrink(model: nn.Module, plan: Plan, optimizer: torch.optim.Optimizer | None
             state[t].update(entries)
     for of, t, part in constrained:
         of[id(t)] = t, part
-    for name, dims in plan.items():
+    for name, dims in whole.items():
         record_keep(model, name, shapes[name], dims)
     changed = {id(t) for t, *_ in cut}
     for m in model.modules():
         if any(id(t) in changed for t in (*m._parameters.values(), *m._buffers.values())):
             _resize(m)
+    for name, value in numbers.items():
+        _set_number(model, name, value)
+
+
+def number(model: nn.Module, name: str) -> int | None:
+    """The integer called ``name`` (see :class:`fastprune.labels.Row`) in a module; None if there is none."""
+    owner, attribute, entry = _find(model, name)
+    value = getattr(owner, attribute, None)
+    if entry is not None:
+        value = value[entry] if type(value) in (list, tuple) and entry < len(value) else None
+    return value if type(value) is int else None
+
+
+def _set_number(model: nn.Module, name: str, value: int) -> None:
+    owner, attribute, entry = _find(model, name)
+    if entry is not None:
+        old = getattr(owner, attribute)
+        value = type(old)([*old[:entry], value, *old[entry + 1 :]])
+    setattr(owner, attribute, value)
+
+
+def _find(model: nn.Module, name: str) -> tuple[nn.Module | None, str, int | None]:
+    """ "blocks.1.splits[0]" to the module, the attribute's name and the entry, if it is one of a list."""
+    path, _, attribute = name.rpartition(".")
+    attribute, _, entry = attribute.rstrip("]").partition("[")
+    try:
+        return model.get_submodule(path), attribute, int(entry) if entry else None
+    except AttributeError:
+        return None, attribute, None
 
 
 def record_keep(model: nn.Module, name: str, shape: Sequence[int], dims: Mapping[int, Tensor]) -> None:
-    """Note that a tensor of a model has been cut, for :func:`keep_lists`.  Cuts of the same tensor are composed.
+    """Note that a tensor or a number has been cut, for :func:`keep_lists`.  Cuts of the same one are composed.
 
     The note is plain data on the module that owns the tensor, so it follows the module through ``deepcopy``,
     ``torch.save`` and into other models, and goes with it when another module takes its place.
 
     Args:
         model: Has the tensor, in its new size or still in the old one.
-        name: Of a parameter or buffer.
-        shape: Before this cut.
+        name: Of a parameter or buffer, or of an integer in a module.
+        shape: Before this cut; of an integer, itself.
         dims: Dimension to the indices that stay, int64, ascending; dimensions that stay whole are left out.
     """
     path, _, leaf = name.rpartition(".")
@@ -113,7 +154,7 @@ def record_keep(model: nn.Module, name: str, shape: Sequence[int], dims: Mapping
 
 
 def keep_lists(model: nn.Module) -> Plan:
-    """What is left of each parameter and buffer that was ever cut.
+    """What is left of each parameter, buffer and integer in a module that was ever cut.
 
     Returns: Tensor name to dimension to the indices that stay, int64, ascending, on the CPU, into that dimension as it
         was before the first cut (see :func:`first_shapes`).  Tensors and dimensions that are whole are not in it.
@@ -122,7 +163,7 @@ def keep_lists(model: nn.Module) -> Plan:
 
 
 def first_shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
-    """Shape before the first cut, of each tensor in :func:`keep_lists`."""
+    """Shape before the first cut of each tensor in :func:`keep_lists`, and ``(value,)`` of each integer."""
     return {name: shape for name, (shape, _) in _notes(model)}
 
 
@@ -189,7 +230,7 @@ def _resize(m: nn.Module) -> None:
 @torch.no_grad()
 def compare(
     model: nn.Module, plan: Plan, mask: Callable[[nn.Module], None], example_inputs: Any, *, seed: int = 0
-) -> tuple[float, str]:
+) -> Difference:
     """Mask one float64 copy of a model, shrink another, and run both in eval mode.
 
     Every convolution, linear layer and norm is compared, not only the model's output: through many layers without
@@ -231,17 +272,18 @@ def compare(
                 torch.manual_seed(seed)
                 got = leaves(call(shrunk, inputs))
             except Exception as e:
-                where = repr(running[-1]) if running and running[-1] else "the model"
-                return float("inf"), f"{where} does not compute what it does with them masked: {type(e).__name__}: {e}"
+                where = running[-1] if running else ""
+                what = f"{repr(where) if where else 'the model'} does not compute what it does with them masked"
+                return Difference(float("inf"), where, f"{what}: {type(e).__name__}: {e}")
     worst = 0.0
     for (name, a), (_, b) in zip(shrunk_layers, layers, strict=False):
         b = _kept_outputs(masked.get_submodule(name), name, b, plan)
         if a.shape == b.shape:  # else channels lie along another axis too; the layers behind will tell
             worst = max(worst, gap := _distance([a], [b]))
             if gap > TOLERANCE:
-                return gap, _differs(repr(name), gap)
+                return Difference(gap, name, _differs(repr(name), gap))
     gap = _distance(got, expected)
-    return max(worst, gap), "" if gap <= TOLERANCE else _differs("the model", gap)
+    return Difference(max(worst, gap), "", "" if gap <= TOLERANCE else _differs("the model", gap))
 
 
 def _differs(where: str, gap: float) -> str:

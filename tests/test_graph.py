@@ -15,7 +15,7 @@ from graph_cases import FAMILIES, PATTERNS, Lambda, Net, OptionA, conv_bn, stir
 from torch import nn
 from torch.nn import functional as F
 
-from fastprune import labels
+from fastprune import labels, rules
 from fastprune.compact import compact
 from fastprune.errors import GraphError
 from fastprune.graph import ChannelGraph, pointwise, register_rule, trace
@@ -184,12 +184,12 @@ def test_order_is_module_order_and_traces_agree():
 
 
 def weighted(m, x):
-    w = m.conv.weight.sigmoid()  # a masked weight would be 0.5
-    return m.out(F.conv2d(x, w))
+    w = m.conv.weight.sigmoid()  # a masked weight would be 0.5, and a masked input is not zero
+    return m.out(F.conv2d(F.softplus(x), w))
 
 
-def attention(m, x):
-    q, k = m.q(x).flatten(2), m.k(x).flatten(2)
+def attention(m, x, act=F.relu):
+    q, k = act(m.q(x)).flatten(2), act(m.k(x)).flatten(2)
     return (
         m.out((q.transpose(1, 2) @ k).softmax(-1) @ m.v(x).flatten(2).transpose(1, 2))
         .transpose(1, 2)
@@ -198,12 +198,27 @@ def attention(m, x):
 
 
 def shifted(m, x):
-    return m.out(F.conv2d(x, m.conv.weight.clone().add_(0.1)))
+    return m.out(F.conv2d(F.softplus(x), m.conv.weight.clone().add_(0.1)))
 
 
 def standardised(m, x):
     w = m.conv.weight
     return m.out(F.conv2d(x, w - w.mean((1, 2, 3), keepdim=True)))
+
+
+def never_zero(m, x):
+    return attention(m, x, F.softplus)
+
+
+def tokens(m, x, scale=None):
+    q, k, v = (m.get_submodule(n)(x).flatten(2).transpose(1, 2).unsqueeze(1) for n in "qkv")
+    y = F.scaled_dot_product_attention(q, k, v, scale=scale)
+    return m.out(y.squeeze(1)).transpose(1, 2).unflatten(2, (16, 16))
+
+
+def over_channels(m, x):
+    gate = m.along(x.mean((2, 3)).unsqueeze(1)).sigmoid()
+    return m.conv(x * gate.transpose(1, 2).unsqueeze(3))
 
 
 def all_tied(m, x):
@@ -220,6 +235,7 @@ def written(m, x):
 
 CONV = {"conv": nn.Conv2d(8, 7, 1)}
 PAIR = {"conv": nn.Conv2d(8, 6, 1), "out": nn.Conv2d(6, 7, 1)}
+ALONG = {"along": nn.Conv1d(1, 1, 3, padding=1)}
 QKV = {**{n: nn.Conv2d(8, 6, 1) for n in "qkv"}, "out": nn.Linear(6, 7)}
 CUT = "takes fixed positions out of its channels"
 CROP = (0, 0, 0, 0, -1, -1)
@@ -239,8 +255,13 @@ FROZEN = {
     "computed weight": (weighted, PAIR, "computed from other weights"),
     "weight changed in place": (shifted, PAIR, "computed from other weights"),
     "standardised weight": (standardised, PAIR, "aten::mean reduces over it"),
-    "attention": (attention, QKV, "an activation itself"),
-    "sdpa": (lambda m, x: m.conv(F.scaled_dot_product_attention(x, x, x)), CONV, "attention has no rule"),
+    "attention": (never_zero, QKV, "an activation itself"),
+    "sdpa": (tokens, QKV, "depends on how many there are"),
+    "channel attention": (
+        over_channels,
+        CONV | {"along": nn.Conv1d(1, 1, 3, padding=1)},
+        "a convolution slides over it",
+    ),
     "as_strided": (lambda m, x: m.conv(x.as_strided(x.shape, x.stride())), CONV, "reads memory by stride"),
     "all tied": (all_tied, CONV, "the model ties all its channels into one"),
 }
@@ -249,16 +270,24 @@ FROZEN = {
 @pytest.mark.parametrize("case", FROZEN)
 def test_frozen_and_why(case):
     function, modules, why = FROZEN[case]
-    name = "middle.q" if case == "attention" else "first"
+    name = "middle.q" if "q" in modules else "first"
     graph = trace(middle(function, **copy.deepcopy(modules)), X)
     assert name not in graph.groups
     assert why in graph.frozen[name]
     assert "fc" in graph.frozen
 
 
-def test_values_pass_attention_but_not_queries_and_keys():
-    graph = trace(middle(attention, **copy.deepcopy(QKV)), X)
-    assert set(graph.groups) == {"first", "middle.v", "middle.out"}
+def test_values_pass_attention():
+    for function in (never_zero, tokens):
+        assert set(trace(middle(function, **copy.deepcopy(QKV)), X).groups) == {"first", "middle.v", "middle.out"}
+
+
+def test_queries_and_keys_go_together_if_a_masked_one_is_zero():
+    for function in (attention, lambda m, x: tokens(m, x, scale=0.3)):
+        graph = trace(middle(function, **copy.deepcopy(QKV)), X)
+        assert set(graph.groups) == {"first", "middle.q", "middle.v", "middle.out"}
+        assert graph.groups["middle.q"].convs == ("middle.q", "middle.k")
+        assert "middle.q" in trace(middle(function, **copy.deepcopy(QKV)), X, strict=True).frozen
 
 
 def test_strict_freezes_what_views_and_splits_take_apart():
@@ -290,8 +319,8 @@ def swirl():
     library.define("swirl(Tensor x, float by) -> Tensor")
     library.impl("swirl", lambda x, by: torch.sin(x) * by, "CompositeExplicitAutograd")
     yield torch.ops.fastprune_test.swirl
-    labels._RULES.pop("fastprune_test::swirl", None)
-    labels._rule_of.cache_clear()
+    rules._RULES.pop("fastprune_test::swirl", None)
+    rules.rule_of.cache_clear()
     library._destroy()
 
 

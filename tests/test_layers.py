@@ -19,7 +19,7 @@ LAYERS = (
     ("backends", "memory", "parallel"),
     ("ops",),
     ("nn",),
-    ("surgery", "labels", "graph", "flops", "models", "optim"),
+    ("surgery", "labels", "rules", "graph", "flops", "models", "optim"),
     ("select", "ratios", "compact", "gates", "correlation", "hessian", "cutting", "growing", "oracle", "trainability"),
     ("methods",),
     ("data", "train"),
