@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import nn
 
 from fastprune.errors import GraphError
 from fastprune.graph import ChannelGraph, Keep, trace
-from fastprune.surgery import TOLERANCE, compare, shrink
+from fastprune.surgery import TOLERANCE, Copies, Optimizers, check_plain, compare, shrink
 
 
 def compact(
@@ -17,7 +16,8 @@ def compact(
     keep: Keep,
     example_inputs: Any,
     *,
-    optimizer: torch.optim.Optimizer | None = None,
+    optimizer: Optimizers = None,
+    ema: Copies = None,
     check: bool = True,
     graph: ChannelGraph | None = None,
 ) -> nn.Module:
@@ -25,31 +25,38 @@ def compact(
 
     Parameters stay the same objects (their data is swapped), so hooks, tied weights, optimizer parameter groups,
     ``requires_grad`` and memory formats survive.  Gradients, buffers, running statistics, the size attributes of
-    PyTorch's layers (``out_channels``, ``groups``, ``num_features``, ...) and every tensor of the parameter's shape in
-    the optimizer's state follow.  Everything is prepared first and swapped last: if anything raises, model and
-    optimizer are untouched.
+    PyTorch's layers (``out_channels``, ``groups``, ``num_features``, ...), every tensor of the parameter's shape in the
+    optimizer's state and averaged copies of the model follow.  So learning rate schedulers, a ``GradScaler`` and
+    gradients being accumulated go on.  Everything is prepared first and swapped last: if anything raises, model,
+    optimizers and copies are untouched.
 
     Args:
         model: Any module that :func:`fastprune.graph.trace` can watch.
         keep: Group name to a bool vector, (C,), True = keep.  Groups left out stay whole.
         example_inputs: As for ``trace``: a tensor, a tuple of positional or a dict of keyword arguments.
-        optimizer: Its state is cut along with the parameters, so that the next step is the masked model's.
+        optimizer: One or several, whose state is cut along with the parameters, so that the next step is the masked
+            model's: every optimizer of ``torch.optim`` but LBFGS and Adafactor, :class:`fastprune.optim.GrowingSGD`,
+            and others that keep tensors of the parameter's shape.
+        ema: One or several modules that hold a copy of the model, cut in the same way, buffers included:
+            ``torch.optim.swa_utils.AveragedModel``, timm's ``ModelEmaV3`` or your own.
         check: Prove the result first, on float64 copies (see :func:`prove`); memory for two float64 models.
         graph: The graph of this very model, if known, for example traced with ``strict=True``; traced here otherwise.
 
     Returns: ``model`` itself.
 
     Raises:
-        ValueError: A keep-mask is malformed, or the optimizer's state has a form that cannot be cut.
+        ValueError: A keep-mask is malformed, an optimizer's state has a form that cannot be cut, ``ema`` holds no copy
+            of the model, or the model is compiled or distributed: wrap what comes out.
         GraphError: The shrunk model does not compute what the masked one does; the message names the first layer.
     """
+    check_plain(model, "compact")
     if graph is None:
         graph = trace(model, example_inputs)
     graph.tensors(model)
     plan = graph.kept(keep)
     if check:
         prove(model, graph, keep, example_inputs)
-    shrink(model, plan, optimizer)
+    shrink(model, plan, optimizer, ema)
     return model
 
 

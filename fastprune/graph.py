@@ -35,7 +35,7 @@ from fastprune.errors import GraphError, did_you_mean
 from fastprune.labels import NUMBER, Row, Tracer
 from fastprune.nn import MaskedConv2d
 from fastprune.rules import pointwise, register_rule, rule_of
-from fastprune.surgery import TOLERANCE, call, compare, leaves, map_tensors, number
+from fastprune.surgery import TOLERANCE, call, check_plain, compare, leaves, map_tensors, number
 
 __all__ = ["ChannelGraph", "Group", "Index", "pointwise", "register_rule", "trace"]
 
@@ -321,12 +321,7 @@ def trace(model: nn.Module, example_inputs: Any, *, strict: bool | None = None) 
     Warns:
         UserWarning: Once, naming every op without a rule and every layer that never ran.
     """
-    if hasattr(model, "_orig_mod"):
-        raise ValueError("trace: expected an eager module, got the result of torch.compile; trace before compiling")
-    if isinstance(model, nn.parallel.DistributedDataParallel):
-        raise ValueError("trace: expected the module itself, got a DistributedDataParallel; trace its .module")
-    if any(nn.parameter.is_lazy(p) for p in model.parameters()):
-        raise ValueError("trace: the model has lazy parameters; run it once on example_inputs first")
+    check_plain(model, "trace")
     refused: set[type] = {nn.MultiheadAttention}  # widths and heads are written into it
     tracer, graph, idle = _trace(model, example_inputs, bool(strict), refused)
     while strict is None and tracer.assumed and (where := _fails_in(model, graph, example_inputs)) is not None:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import is_dataclass
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized
 
 from fastprune.errors import GraphError
 from fastprune.nn import MaskedConv2d
@@ -19,6 +20,8 @@ TOLERANCE = 1e-9  # of the largest output, in float64: a different order of summ
 # tensor name -> dim -> indices that stay; name of an integer in a module -> NUMBER -> indices, as many as it will be
 Plan = dict[str, dict[int, Tensor]]
 NUMBER = -1
+Optimizers = torch.optim.Optimizer | Sequence[torch.optim.Optimizer] | None
+Copies = nn.Module | Sequence[nn.Module] | None
 
 
 class Difference(NamedTuple):
@@ -63,54 +66,113 @@ def map_tensors(fn: Callable[[Tensor], Tensor], value: Any) -> Any:
     return value
 
 
-@torch.no_grad()
-def shrink(model: nn.Module, plan: Plan, optimizer: torch.optim.Optimizer | None) -> None:
-    """Cut a model, and an optimizer's state, down to ``plan``: prepare every new tensor, then swap them all in.
+def check_plain(model: nn.Module, who: str) -> None:
+    """Refuse wrappers whose inside cannot be seen, or keeps sizes of its own.
 
     Raises:
-        ValueError: The optimizer's state has a form that cannot be cut; nothing was changed.
+        ValueError: The model, or a part of it, is compiled, distributed, on the meta device or not yet initialised.
     """
-    tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    wrappers = (nn.parallel.DistributedDataParallel, nn.DataParallel)
+    for name, m in model.named_modules():
+        part = f"its part {name!r}" if name else "it"
+        if hasattr(m, "_orig_mod") or m._compiled_call_impl is not None:
+            raise ValueError(f"{who}: expected an eager module, but {part} was compiled; {who} before compiling")
+        if isinstance(m, wrappers) or type(m).__name__ == "FullyShardedDataParallel":
+            kind = type(m).__name__
+            raise ValueError(
+                f"{who}: expected the module itself, but {part} is a {kind}, which keeps buckets of the old sizes; "
+                "pass its .module, and wrap what comes out anew"
+            )
+    for name, t in [*model.named_parameters(), *model.named_buffers()]:
+        if nn.parameter.is_lazy(t):
+            raise ValueError(f"{who}: the model has lazy parameters; run it once on example_inputs first")
+        if t.is_meta:
+            raise ValueError(f"{who}: {name} is on the meta device, without values; load the weights first")
+
+
+def shrink(model: nn.Module, plan: Plan, optimizer: Optimizers = None, ema: Copies = None) -> None:
+    """Cut a model, optimizers' state and copies of the model down to ``plan``: prepare everything, then swap it in.
+
+    Raises:
+        ValueError: An optimizer has a state that cannot be cut or none of the model's parameters, ``ema`` is no copy of
+            the model, or two of its tensors share memory and would be cut differently.  Nothing was changed then, nor
+            if anything else is raised.
+    """
+    with torch.inference_mode(False), torch.no_grad():  # else the new parameters could never be trained
+        _shrink(model, plan, _listed(optimizer), _listed(ema))
+
+
+def _listed(value: Any) -> list[Any]:
+    return [] if value is None else list(value) if isinstance(value, (tuple, list)) else [value]
+
+
+def _shrink(model: nn.Module, plan: Plan, optimizers: list[torch.optim.Optimizer], ema: list[nn.Module]) -> None:
+    tensors = named_tensors(model)
+    copies = {id(m): m for m in [model, *(_copy_of_model(tensors, e) for e in ema)]}
+    owned = {id(p) for p in model.parameters()}
+    for optimizer in optimizers:
+        _check_optimizer(optimizer, owned)
     numbers = {name: len(dims[NUMBER]) for name, dims in plan.items() if NUMBER in dims}
     whole, plan = plan, {name: dims for name, dims in plan.items() if NUMBER not in dims}
+    swaps: list[tuple[Tensor, Tensor, Tensor | None]] = []  # a tensor, what becomes of it, and of its gradient
+    dims_of: dict[int, dict[int, Tensor]] = {}
+    for m in copies.values():
+        mine = {name: t for name, t in named_tensors(m).items() if name in tensors}
+        _check_aliases(mine, plan)
+        cut: dict[Any, Tensor] = {}  # tensors that were one memory stay one
+        for name, dims in plan.items():
+            t = mine[name]
+            memory = t.data_ptr(), t.dtype, t.shape, t.stride()
+            if memory not in cut:
+                cut[memory] = _select(t.data, dims)
+            grad = t.grad if t.is_leaf else None
+            swaps.append((t, cut[memory], None if grad is None else _select(grad, dims)))
+            dims_of[id(t)] = dims
+    entries: list[tuple[dict, Any, Any]] = []  # of the optimizers: a dict, its key, the new value
+    for optimizer in optimizers:
+        for name, dims in plan.items():
+            entries += _cut_state(name, tensors[name], optimizer, dims)
     shapes = {name: tuple(tensors[name].shape) for name in plan} | {name: (number(model, name),) for name in numbers}
-    state: dict[Any, Any] = optimizer.state if optimizer is not None else {}
-    constraints = (optimizer._reg, optimizer._keep) if isinstance(optimizer, GrowingSGD) else ()
-    cut, constrained = [], []
-    for name, dims in plan.items():
-        t = tensors[name]
-        grad = None if t.grad is None else _select(t.grad, dims)
-        cut.append((t, _select(t.data, dims), grad, _cut_state(name, t, state[t], dims) if t in state else {}))
-        for of in constraints:
-            if id(t) in of:
-                part = of[id(t)][1]
-                along = {dim: stays for dim, stays in dims.items() if part.shape[dim] > 1}
-                constrained.append((of, t, _select(part, along)))
-    for t, data, grad, entries in cut:
+    with ExitStack() as undo:  # last in, first out
+        for t, new, grad in swaps:
+            undo.callback(_replace, t, t.data, t.grad if t.is_leaf else None)
+            _replace(t, new, grad)
+        for of, key, value in entries:
+            undo.callback(of.__setitem__, key, of[key])
+            of[key] = value
+        touched = [m for copy in copies.values() for m in copy.modules() if any(id(t) in dims_of for t in _own(m))]
+        touched += [copy.get_submodule(name.rpartition(".")[0]) for copy in copies.values() for name in numbers]
+        for m in dict.fromkeys(touched):
+            undo.callback(_put_back, m, {k: dict(v) if k in ("_buffers", "_kept") else v for k, v in vars(m).items()})
+            _resize(m, dims_of)
+        for m in copies.values():
+            for name, value in numbers.items():
+                _set_number(m, name, value)
+            for name, dims in whole.items():
+                record_keep(m, name, shapes[name], dims)
+        undo.pop_all()
+
+
+def _put_back(m: nn.Module, attributes: dict[str, Any]) -> None:
+    vars(m).clear()
+    vars(m).update(attributes)
+
+
+def _replace(t: Tensor, data: Tensor, grad: Tensor | None) -> None:
+    if t.is_leaf:
         t.grad = None  # a gradient of another shape would refuse the new data
-        # A loss still alive keeps the parameter's gradient accumulator, which remembers the old shape.  PyTorch drops
-        # it when the dtype changes, not when the shape does.
-        t.data = t.data.new_empty(0, dtype=torch.float16 if t.dtype == torch.float64 else torch.float64)
-        t.data = data
+    # A loss still alive keeps the parameter's gradient accumulator, which remembers the old shape.  PyTorch drops
+    # it when the dtype changes, not when the shape does.
+    t.data = t.data.new_empty(0, dtype=torch.float16 if t.dtype == torch.float64 else torch.float64)
+    t.data = data
+    if grad is not None:
         t.grad = grad
-        if entries:
-            state[t].update(entries)
-    for of, t, part in constrained:
-        of[id(t)] = t, part
-    for name, dims in whole.items():
-        record_keep(model, name, shapes[name], dims)
-    changed = {id(t) for t, *_ in cut}
-    for m in model.modules():
-        if any(id(t) in changed for t in (*m._parameters.values(), *m._buffers.values())):
-            _resize(m)
-    for name, value in numbers.items():
-        _set_number(model, name, value)
 
 
 def number(model: nn.Module, name: str) -> int | None:
     """The integer called ``name`` (see :class:`fastprune.labels.Row`) in a module; None if there is none."""
     owner, attribute, entry = _find(model, name)
-    value = getattr(owner, attribute, None)
+    value = None if owner is None else vars(owner).get(attribute)
     if entry is not None:
         value = value[entry] if type(value) in (list, tuple) and entry < len(value) else None
     return value if type(value) is int else None
@@ -132,6 +194,84 @@ def _find(model: nn.Module, name: str) -> tuple[nn.Module | None, str, int | Non
         return model.get_submodule(path), attribute, int(entry) if entry else None
     except AttributeError:
         return None, attribute, None
+
+
+def named_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Parameters and buffers by name, each object once."""
+    return {**dict(model.named_parameters()), **dict(model.named_buffers())}
+
+
+def _copy_of_model(tensors: dict[str, Tensor], ema: Any) -> nn.Module:
+    """The module inside ``ema`` (or itself) with the names and shapes of the model.
+
+    Raises:
+        ValueError: There is none, or it is the model.
+    """
+    if not isinstance(ema, nn.Module):
+        raise ValueError(
+            f"compact: expected ema to be a module with a copy of the model in it, such as torch.optim.swa_utils."
+            f"AveragedModel, got {type(ema).__name__}"
+        )
+    wrong = ""
+    for path, m in ema.named_modules():
+        mine = named_tensors(m)
+        differ = (name for name, t in tensors.items() if name not in mine or mine[name].shape != t.shape)
+        if (name := next(differ, None)) is None:
+            check_plain(m, "compact: ema")
+            if any(mine[name] is t for name, t in tensors.items()):
+                raise ValueError(
+                    "compact: ema shares its parameters with the model; pass a copy of the model, or nothing"
+                )
+            return m
+        if not wrong or path == "module":
+            got = f"one of {tuple(mine[name].shape)}" if name in mine else "no such tensor"
+            wrong = f"{name} of shape {tuple(tensors[name].shape)} in {type(m).__name__}, got {got}"
+    raise ValueError(f"compact: ema holds no copy of the model: expected {wrong}")
+
+
+def _check_optimizer(optimizer: Any, owned: set[int]) -> None:
+    if not isinstance(optimizer, torch.optim.Optimizer):
+        raise ValueError(f"compact: expected a torch.optim.Optimizer or several, got {type(optimizer).__name__}")
+    for kind, why in _REFUSED.items():
+        if isinstance(optimizer, kind):
+            raise ValueError(
+                f"compact: the state of {type(optimizer).__name__} cannot be cut: {why}; "
+                "compact without the optimizer and create it anew"
+            )
+    if not any(id(p) in owned for group in optimizer.param_groups for p in group["params"]):
+        raise ValueError(
+            f"compact: none of the parameters of this {type(optimizer).__name__} is the model's; "
+            "pass the optimizer that was made with model.parameters()"
+        )
+
+
+_REFUSED = {
+    torch.optim.LBFGS: "it keeps the history of all parameters in one vector",
+    torch.optim.Adafactor: "it keeps means over rows and columns, and its step depends on the whole tensor",
+}
+
+
+def _check_aliases(tensors: dict[str, Tensor], plan: Plan) -> None:
+    """Refuse tensors that share memory, unless it is all of it and they are cut alike.
+
+    Raises:
+        ValueError: Two overlap, and one of them would be cut otherwise than the other.
+    """
+    spans = []  # per tensor: the first byte, and the one behind the last it can reach
+    for name, t in tensors.items():
+        if t.numel() and t.layout == torch.strided:
+            reach = 1 + sum((n - 1) * s for n, s in zip(t.shape, t.stride(), strict=True))
+            spans.append((t.data_ptr(), t.data_ptr() + reach * t.element_size(), name))
+    end, other = 0, ""
+    for start, stop, name in sorted(spans):
+        if start < end and (name in plan or other in plan):
+            a, b = tensors[other], tensors[name]
+            dims, its = plan.get(name, {}), plan.get(other, {})
+            alike = (a.data_ptr(), a.dtype, a.shape, a.stride()) == (b.data_ptr(), b.dtype, b.shape, b.stride())
+            if not alike or dims.keys() != its.keys() or not all(torch.equal(dims[d], its[d]) for d in dims):
+                raise ValueError(f"compact: {other} and {name} share memory and would be cut differently; clone one")
+        if stop > end:
+            end, other = stop, name
 
 
 def record_keep(model: nn.Module, name: str, shape: Sequence[int], dims: Mapping[int, Tensor]) -> None:
@@ -187,38 +327,63 @@ def _select_one(t: Tensor, dim: int, stays: Tensor) -> Tensor:
     return torch.index_select(t, dim, stays, out=out)
 
 
-def _cut_state(name: str, p: Tensor, entries: dict[str, Any], dims: dict[int, Tensor]) -> dict[str, Tensor]:
-    """What an optimizer keeps for one parameter, cut like it.
+def _cut_state(
+    name: str, p: Tensor, optimizer: torch.optim.Optimizer, dims: dict[int, Tensor]
+) -> list[tuple[dict, Any, Any]]:
+    """What an optimizer keeps for one parameter, cut like it: a dict, its key, and the new value.
 
     Raises:
         ValueError: An entry is neither a number nor of the parameter's shape (factored or flattened second moments).
     """
-    new = {}
+    new: list[tuple[dict, Any, Any]] = []
+    entries = optimizer.state[p] if p in optimizer.state else {}
     for key, v in entries.items():
         if isinstance(v, Tensor) and v.shape == p.shape:
-            new[key] = _select(v, dims)
+            new.append((entries, key, _select(v, dims)))
         elif leaves(v) and not (isinstance(v, Tensor) and v.numel() == 1):
             raise ValueError(
                 f"compact: expected optimizer state {key!r} of {name} to have the parameter's shape {tuple(p.shape)}, "
                 f"got {[tuple(t.shape) for t in leaves(v)]}; compact without the optimizer and create it anew"
             )
+    for of in (optimizer._reg, optimizer._keep) if isinstance(optimizer, GrowingSGD) else ():
+        if id(p) in of:
+            part = of[id(p)][1]
+            along = {dim: stays for dim, stays in dims.items() if part.shape[dim] > 1}
+            new.append((of, id(p), (p, _select(part, along))))
     return new
 
 
-def _resize(m: nn.Module) -> None:
-    """Set the size attributes of PyTorch's layers from their tensors."""
+def _own(m: nn.Module) -> list[Tensor]:
+    """Parameters and buffers of a module itself, and those that PyTorch's parametrizations compute them from."""
+    inside = m.parametrizations.modules() if is_parametrized(m) else ()
+    return [t for of in (m, *inside) for t in (*of._parameters.values(), *of._buffers.values()) if t is not None]
+
+
+def _weight(m: nn.Module) -> Tensor:
+    """A layer's weight, or what it is computed from (weight norm, spectral norm, the masks of PyTorch's prune)."""
+    weight = m._parameters.get("weight")
+    return max(_own(m), key=lambda t: (t.dim(), t.numel())) if weight is None else weight
+
+
+def _resize(m: nn.Module, dims_of: dict[int, dict[int, Tensor]]) -> None:
+    """Set the size attributes of PyTorch's layers from their tensors, which were just cut: id -> dim -> what stayed."""
     if isinstance(m, nn.modules.conv._ConvNd):
+        weight = _weight(m)
+        rows, columns = weight.shape[:2]
+        before = m.in_channels if m.transposed else m.out_channels  # rows, until now
+        stays = dims_of.get(id(weight), {}).get(0)
+        if stays is not None and m.groups > 1:  # the graph removes whole groups, or none and as much of each
+            m.groups = len(torch.unique(stays // (before // m.groups)))
         if m.transposed:
-            m.in_channels, m.out_channels = m.weight.shape[:2]
-            return
-        rows, columns = m.weight.shape[:2]
-        if m.groups == m.in_channels > 1:  # depthwise: the graph removes whole groups; otherwise it keeps their number
-            m.groups = rows * m.groups // m.out_channels
-        m.out_channels, m.in_channels = rows, columns * m.groups
+            m.in_channels, m.out_channels = rows, columns * m.groups
+        else:
+            m.in_channels, m.out_channels = columns * m.groups, rows
         if isinstance(m, MaskedConv2d):
             m._look_up()
     elif isinstance(m, nn.Linear):
-        m.out_features, m.in_features = m.weight.shape
+        m.out_features, m.in_features = _weight(m).shape
+    elif isinstance(m, nn.Embedding):
+        m.num_embeddings, m.embedding_dim = _weight(m).shape
     elif isinstance(m, nn.modules.batchnorm._NormBase):
         m.num_features = len(m.running_mean if m.running_mean is not None else m.weight)
     elif isinstance(m, nn.GroupNorm):  # only instance norms, one group per channel, are ever cut
@@ -266,7 +431,7 @@ def compare(
             ) from e
         if not all(t.isfinite().all() for t in expected if t.is_floating_point()):
             raise GraphError("the model's output is not finite on example_inputs, so a proof would say nothing")
-        shrink(shrunk, plan, None)
+        shrink(shrunk, plan)
         with _recorded(shrunk) as (shrunk_layers, running):
             try:
                 torch.manual_seed(seed)
