@@ -2,36 +2,40 @@
 
 from __future__ import annotations
 
-__version__ = "0.1.0"
-
-from fastprune import backends, data, graph, methods, models, nn, ops, optim
+from fastprune import backends, checkpoint, data, graph, methods, models, nn, ops, optim
+from fastprune.checkpoint import load, save
 from fastprune.compact import compact
-from fastprune.errors import BackendError, DataError, FastpruneError, GraphError, TrainingError
+from fastprune.errors import BackendError, CheckpointError, DataError, FastpruneError, GraphError, TrainingError
 from fastprune.flops import flops
 from fastprune.memory import tune_cpu_memory
 from fastprune.methods import create
 from fastprune.select import keep_masks
 from fastprune.train import prune_finetune, train  # functions; modules behind stay importable
+from fastprune.version import __version__ as __version__
 
 __all__ = [
     "BackendError",
+    "CheckpointError",
     "DataError",
     "FastpruneError",
     "GraphError",
     "TrainingError",
     "backends",
+    "checkpoint",
     "compact",
     "create",
     "data",
     "flops",
     "graph",
     "keep_masks",
+    "load",
     "methods",
     "models",
     "nn",
     "ops",
     "optim",
     "prune_finetune",
+    "save",
     "train",
     "tune_cpu_memory",
 ]

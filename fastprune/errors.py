@@ -22,6 +22,10 @@ class DataError(FastpruneError):
     """A data set is missing, incomplete or damaged."""
 
 
+class CheckpointError(FastpruneError):
+    """A checkpoint is missing, damaged, foreign, or does not fit the network it is loaded into."""
+
+
 class TrainingError(FastpruneError):
     """Training cannot go on, for example because the loss is not finite."""
 

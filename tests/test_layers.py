@@ -15,12 +15,13 @@ ROOT = Path(__file__).resolve().parent.parent
 # A unit imports itself, units on its own line without making a circle, and lines above.
 LAYERS = (
     ("kernels",),
-    ("errors",),
+    ("errors", "version"),
     ("backends", "memory", "parallel"),
     ("ops",),
     ("nn",),
     ("surgery", "labels", "rules", "graph", "flops", "models", "optim"),
     ("select", "ratios", "compact", "gates", "correlation", "hessian", "cutting", "growing", "oracle", "trainability"),
+    ("checkpoint",),
     ("methods",),
     ("data", "train"),
     ("__init__",),  # the public names
