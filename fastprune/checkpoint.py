@@ -32,6 +32,7 @@ from safetensors import SafetensorError
 from safetensors import torch as safetensors
 from torch import Tensor, nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
+from torch.nn.parameter import is_lazy
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastprune import models
@@ -156,7 +157,8 @@ def _tensors_of(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
     tensors, shared, seen = {}, {}, {}
     for name in state:
         t = named[name]
-        if type(t.data) is not Tensor or t.layout != torch.strided or t.is_meta or str(t.dtype)[6:] not in _DTYPES:
+        dense = not is_lazy(t) and type(t.data) is Tensor and t.layout == torch.strided and not t.is_meta
+        if not dense or str(t.dtype)[6:] not in _DTYPES:
             raise ValueError(
                 f"save: expected {name} to be a dense tensor of a common dtype, with data, got {type(t).__name__}, "
                 f"{t.dtype}, {t.layout}, {t.device}"
@@ -257,8 +259,10 @@ def _replace(path: str, data: bytes) -> None:
     temporary = os.path.join(folder, f".{name[:200]}.{os.getpid()}.{os.urandom(4).hex()}.tmp")
     made = False
     try:
+        if os.path.isdir(path):
+            raise OSError(errno.EISDIR, os.strerror(errno.EISDIR))
         if os.path.lexists(path) and not os.path.isfile(path):
-            raise OSError(errno.EISDIR if os.path.isdir(path) else errno.EINVAL, "it is no regular file")
+            raise OSError(errno.EINVAL, "no regular file")
         file = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0), 0o666)
         made = True
         with open(file, "wb") as out:
@@ -411,8 +415,7 @@ class _Header:
             t = tensors[name]
             if t.dtype != _DTYPES[about["dtype"]] or list(t.shape) != about["shape"]:
                 raise _Bad(f"is damaged: {name!r} is not of the dtype and shape that its document says")
-            if _sha256(_bytes_of(t)) != about["sha256"]:
-                raise _Bad(f"is damaged: the SHA-256 of tensor {name!r} is not the one it was written with")
+            _check_hash(_bytes_of(t), about["sha256"], f"tensor {name!r}")
         return tensors
 
 
@@ -451,10 +454,16 @@ def _document(text: str) -> dict[str, Any]:
     if type(version) is int and version > FORMAT:
         raise _Bad(f"has format {version}, and fastprune {__version__} reads up to format {FORMAT}; update fastprune")
     parts = re.fullmatch(r'\{"sha256":"([0-9a-f]{64})",(.*)', text, re.DOTALL)
-    if parts is None or _sha256(("{" + parts[2]).encode()) != parts[1]:
-        raise _Bad("is damaged: the SHA-256 of its document is not the one it was written with")
+    if parts is None:
+        raise _Bad("is damaged: its document does not begin with a SHA-256")
+    _check_hash(("{" + parts[2]).encode(), parts[1], "its document")
     del document["sha256"]
     return document
+
+
+def _check_hash(data: bytes | memoryview, expected: str, of: str) -> None:
+    if _sha256(data) != expected:
+        raise _Bad(f"is damaged: the SHA-256 of {of} is not the one it was written with")
 
 
 def _check(document: dict[str, Any], entries: dict[str, Any], size: int) -> None:
@@ -610,13 +619,13 @@ def _fit_tensors(model: nn.Module, document: dict[str, Any], strict: bool) -> No
             wrong.append(f"{name!r:.200} and {owner[id(t)]!r:.200} are one tensor in the network and two in the file")
     lone += [f"{name!r:.200} is only in the network" for name in named if name in persistent - {*stored, *shared}]
     if wrong := (wrong + lone if strict else wrong):
-        more = f", and {len(wrong) - 1} more such" if wrong[1:] else ""
+        more = f", and {len(wrong) - 1} more differ" if wrong[1:] else ""
         raise _Bad(
             f"does not fit the network: {wrong[0]}{more}; "
             "model_fn must return the network as it was before compact, with its conversions"
         )
     if lone:
-        warnings.warn(f"load: {lone[0]}" + (f", and {len(lone) - 1} more such" if lone[1:] else ""), stacklevel=3)
+        warnings.warn(f"load: {lone[0]}" + (f", and {len(lone) - 1} more differ" if lone[1:] else ""), stacklevel=3)
     for name, first in shared.items():
         if name in named and first in named and named[name] is not named[first]:
             path, _, leaf = name.rpartition(".")

@@ -3,14 +3,29 @@
 from __future__ import annotations
 
 import copy
+import errno
+import hashlib
+import os
+import pickle
+import random
+import resource
+import signal
+import stat
+import subprocess
+import sys
+from pathlib import Path
 
+import numpy as np
 import pytest
+import safetensors.torch as safetensors
 import torch
 from graph_cases import stir, uneven_keep
 from torch import nn
 
 import fastprune as fp
-from fastprune import compact, models
+from bench import fuzz_checkpoints as fuzz
+from bench.fuzz_checkpoints import DEEP, Parts
+from fastprune import CheckpointError, checkpoint, compact, models
 from fastprune.graph import trace
 from fastprune.surgery import first_shapes, keep_lists, record_keep
 
@@ -134,3 +149,410 @@ def test_round_trip(make, model_fn, tmp_path):
             compact(m, uneven_keep(trace(m, x)), x)
         fp.save(loaded, path)
         assert_same(model, fp.load(path, model_fn), size)
+
+
+def test_ties_are_restored_and_stored_once(tmp_path):
+    model, path = small(make_odd()), tmp_path / "odd.safetensors"
+    fp.save(model, path)
+    document = fp.checkpoint.read(path)
+    assert document["shared"] == {"twin.weight": "fc.weight"} and "twin.weight" not in document["tensors"]
+    assert document["keep"]["shift"]["shape"] == [8, 1, 1] and "shift" not in document["tensors"]
+    loaded = fp.load(path, make_odd)
+    assert loaded.twin.weight is loaded.fc.weight and loaded.shift.shape == (4, 1, 1)
+
+    def untied():
+        net = make_odd()
+        net.twin.weight = nn.Parameter(net.twin.weight.detach().clone())
+        return net
+
+    loaded = fp.load(path, untied)
+    assert loaded.twin.weight is loaded.fc.weight
+    assert_same(model, loaded)
+    fp.save(untied(), path)
+    with pytest.raises(CheckpointError, match=r"'twin.weight' and 'fc.weight' are one tensor in the network and two"):
+        fp.load(path, make_odd)
+
+
+def test_what_a_file_says_about_itself(tmp_path):
+    model, x, path = models.create("resnet20", num_classes=4), torch.randn(2, 3, 16, 16), tmp_path / "x.safetensors"
+    method = fp.create("taylor-gate", model, x, ratio="*conv1:0.5", skip=("layer3.*",))
+    compact(model, {"layer1.0.conv1": torch.arange(16) % 4 > 0}, x)
+    fp.save(
+        copy.deepcopy(model), path, method=method, recipe={"lr": 0.1, "steps": (1, 2)}, extra={"acc": np.float32(0.5)}
+    )
+    document = fp.checkpoint.read(path)
+    assert document["architecture"] == {"name": "resnet20", "arguments": {"num_classes": 4}}
+    assert (
+        document["format"] == 1 and document["fastprune"] == fp.__version__ and document["torch"] == torch.__version__
+    )
+    assert document["keep"]["layer1.0.conv2.weight"] == {
+        "shape": [16, 16, 3, 3], "dims": {1: [1, 4, 5, 8, 9, 12, 13, 16]},
+    }  # fmt: skip
+    weight = model.layer1[0].conv2.weight
+    assert document["tensors"]["layer1.0.conv2.weight"] == {
+        "dtype": "float32",
+        "shape": [16, 12, 3, 3],
+        "sha256": hashlib.sha256(weight.detach().numpy().tobytes()).hexdigest(),
+    }
+    assert document["method"]["name"] == "taylor-gate" and document["method"]["options"]["skip"] == ["layer3.*"]
+    assert document["recipe"] == {"lr": 0.1, "steps": [1, 2]} and document["extra"] == {"acc": 0.5}
+    plain = safetensors.load_file(path)
+    assert plain.keys() == model.state_dict().keys() and torch.equal(plain["layer1.0.conv2.weight"], weight)
+    loaded = fp.load(path)  # with plain norms where the method put BatchNormAct2d: the same function
+    assert str(loaded) == str(model).replace("BatchNormAct2d", "BatchNorm2d") != str(model)
+
+
+WRAPPERS = {"compile": torch.compile, "data_parallel": nn.DataParallel}
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # importing torch._dynamo
+@pytest.mark.parametrize("wrap", WRAPPERS.values(), ids=WRAPPERS)
+def test_wrappers_are_looked_through(wrap, tmp_path):
+    model = small(models.create("resnet20"))
+    fp.save(wrap(model), tmp_path / "x")
+    assert_same(model, fp.load(tmp_path / "x"))
+
+
+@pytest.mark.filterwarnings("ignore:convert_batchnorm")
+def test_bounded_norms_of_a_recorded_network(tmp_path):
+    """Made bounded or plain again after it was created; with a shift that training has left."""
+    path = tmp_path / "x.safetensors"
+    model = fp.nn.convert_batchnorm(stir(models.create("vgg-small")), "sigmoid", fuse=False)
+    assert isinstance(model.features[1], fp.nn.SigmoidBatchNorm2d) and model.features[1].bias is not None
+    fp.save(model, path)
+    loaded, x = fp.load(path), torch.randn(2, 1, 8, 8)
+    assert isinstance(loaded.features[1], fp.nn.SigmoidBatchNorm2d)
+    with torch.no_grad():
+        assert torch.equal(model.eval()(x), loaded.eval()(x))
+
+    model = models.create("vgg-small", bound="sigmoid")
+    for i in (m for m in range(len(model.features)) if isinstance(model.features[m], nn.BatchNorm2d)):
+        norm = nn.BatchNorm2d(model.features[i].num_features)
+        with torch.no_grad():
+            norm.weight.copy_(model.features[i].scale)
+        model.features[i] = norm
+    fp.save(model, path)
+    loaded = fp.load(path)
+    assert type(loaded.features[1]) is nn.BatchNorm2d
+    with torch.no_grad():
+        assert torch.equal(model.eval()(x), loaded.eval()(x))
+
+
+def test_weights_are_no_part_of_an_architecture(monkeypatch):
+    made = []
+
+    def get_model(name, **kw):
+        made.append(kw)
+        return models.registry.torchvision.models.GoogLeNet(aux_logits=False, transform_input=True, init_weights=False)
+
+    monkeypatch.setattr(models.registry.torchvision.models, "get_model", get_model)
+    model = models.create("googlenet", num_classes=1000, weights="DEFAULT")
+    assert made == [{"num_classes": 1000, "weights": "DEFAULT"}]
+    said = {"num_classes": 1000, "transform_input": True, "aux_logits": False, "init_weights": False}
+    assert models.recorded(model) == {"name": "googlenet", "arguments": said}
+    assert models.recorded(models.create("lenet-taylor", widths=(2, 3, 4)))["arguments"]["widths"] == (2, 3, 4)
+    assert models.recorded(make_odd()) is None
+
+
+# What is refused ------------------------------------------------------------------------------------------------------
+
+
+def edited(path, change):
+    """Change the document of a file, and make its hash right again."""
+    parts = Parts(path.read_bytes())
+    change(parts)
+    path.write_bytes(parts.joined(right_hash=True))
+
+
+def other_shape(net):
+    net.conv = nn.Conv2d(3, 9, 3, bias=False)
+    return net
+
+
+def other_names(net):
+    net.first, net.scales = net.conv, net.scale
+    del net.conv, net.scale
+    return net
+
+
+MISFITS = [
+    (lambda: models.create("resnet20"), r"'fc.weight' to be .*\(6, 8\), got .* and \d+ more differ; model_fn must"),
+    (lambda: other_shape(make_odd()), r"expected 'conv.weight' to be .*\(8, 3, 3, 3\), got torch.float32 \(9, "),
+    (lambda: other_names(make_odd()), r"'scale' is only in the file, and 3 more differ"),
+    (lambda: make_odd().half(), r"expected 'scale' to be torch.float32 .*, got torch.float16 .* and 10 more differ"),
+    (lambda: make_odd().to("meta"), r"got torch.float32 \(8, 1, 1\) without data"),
+    (lambda: small(make_odd()), r"expected 'scale' to be .*\(8, 1, 1\), got torch.float32 \(4, 1, 1\)"),
+    (lambda: fp.nn.convert_batchnorm(make_odd(), "sigmoid"), r"'norm' with scale weight, .* sigmoid.*conversions"),
+    (None, r"does not say how to build its network; pass model_fn"),
+]  # fmt: skip
+
+
+@pytest.mark.filterwarnings("ignore:convert_batchnorm")
+@pytest.mark.parametrize("model_fn, message", MISFITS, ids=range(len(MISFITS)))
+def test_a_network_that_does_not_fit(model_fn, message, tmp_path):
+    fp.save(small(make_odd()), tmp_path / "odd.safetensors")
+    with pytest.raises(CheckpointError, match=r"load: .*odd.safetensors .*" + message):
+        fp.load(tmp_path / "odd.safetensors", model_fn)
+
+
+def test_not_strict_leaves_out_what_the_other_has_not(tmp_path):
+    fp.save(small(make_odd()), tmp_path / "x")
+    net = other_names(make_odd())
+    first = net.first.weight.clone()
+    with pytest.warns(UserWarning, match=r"'scale' is only in the file, and 3 more differ"):
+        loaded = fp.load(tmp_path / "x", lambda: net, strict=False)
+    assert torch.equal(loaded.first.weight, first) and loaded.fc.in_features == 4
+    with pytest.raises(CheckpointError, match=r"expected 'conv.weight' to be"):
+        fp.load(tmp_path / "x", lambda: other_shape(make_odd()), strict=False)
+    with pytest.raises(ValueError, match=r"expected model_fn to return an nn.Module, got OrderedDict"):
+        fp.load(tmp_path / "x", lambda: make_odd().state_dict())
+    with pytest.raises(FileNotFoundError):  # what model_fn raises is its own
+        fp.load(tmp_path / "x", lambda: (tmp_path / "no").read_bytes())
+
+
+def set_key(*keys, value):
+    def change(parts):
+        node = parts.document
+        for key in keys[:-1]:
+            node = node[key]
+        node[keys[-1]] = value
+
+    return change
+
+
+FORGED = [
+    (set_key("format", value=2), r"has format 2, and fastprune \S+ reads up to format 1; update"),
+    (set_key("architecture", "name", value="no-such"), r"needs 'no-such', which cannot be built .*unknown model"),
+    (set_key("architecture", "name", value="resnet152"), r"'resnet152', .*it is larger than the file says"),
+    (set_key("architecture", "name", value="mobilenet_v3_small"), r"network: 'conv1.weight' is only in the file"),
+    (set_key("architecture", "arguments", "bound", value="x"), r"as recorded \(ValueError: models: bound"),
+    (set_key("architecture", "arguments", "weights", value="DEFAULT"), r"has arguments for its network that"),
+    (set_key("architecture", "arguments", "checkpoint_path", value="x"), r"has arguments for its network"),
+    (set_key("architecture", "arguments", "pretrained", value=True), r"has arguments for its network"),
+    (set_key("architecture", "arguments", "in_channels", value="__import__('os')"), r"has arguments for its network"),
+    (set_key("architecture", "arguments", "in_channels", value=10**9), r"MemoryError: it is larger than the file says"),
+    (set_key("bounded", value=["bn1", "x"]), r"has a norm 'x' with scale sigmoid\(weight\), and the network none"),
+    (set_key("lists", 0, value=[5, 3]), r"is damaged: its document is not as we write it \(has no proper 'lists'\)"),
+    (set_key("lists", 0, value=[-8, 0]), r"no proper 'lists'"),
+    (set_key("lists", 0, value=[0, 1, 1, 8]), r"no proper 'lists'"),
+    (set_key("lists", 0, value=[10**9, 10**9 + 8]), r"\(keep 'conv1.weight': lists\)"),
+    (set_key("keep", "conv1.weight", "shape", value=[10**9, 3, 3, 3]), r"its network had \d+ elements, more than"),
+    (set_key("keep", "conv1.weight", "shape", value=[17, 3, 3, 3]), r"'conv1.weight' to be .*\(17, 3, 3, 3\), got"),
+    (set_key("shared", value={"../../x": "fc.bias"}), r"'../../x' is only in the file"),
+    (set_key("tensors", "fc.bias", "dtype", value="int32"), r"'fc.bias' is not of the dtype|expected 'fc.bias' to be"),
+    (set_key("tensors", "fc.bias", "sha256", value="0" * 64), r"the SHA-256 of tensor 'fc.bias' is not the one"),
+    (set_key("extra", value="\ud800"), r"its header is not JSON as we write it"),
+    (set_key("extra", value=float("nan")), r"not JSON as we write it \(the constant NaN\)"),
+    (set_key("extra", value=DEEP), r"not JSON as we write it"),
+    (set_key("more", value=1), r"has other keys than ours"),
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def pruned(tmp_path_factory):
+    torch.manual_seed(0)
+    path = tmp_path_factory.mktemp("good") / "good.safetensors"
+    fp.save(small(models.create("resnet20")), path)
+    return path
+
+
+@pytest.mark.parametrize("change, message", FORGED, ids=[m for _, m in FORGED])
+def test_a_forged_document(change, message, pruned, tmp_path):
+    path = tmp_path / "x.safetensors"
+    path.write_bytes(pruned.read_bytes())
+    edited(path, change)
+    with pytest.raises(CheckpointError, match=message) as e:
+        fp.load(path)
+    assert "\n" not in str(e.value) and str(e.value).startswith(f"load: {path} ")
+
+
+FOREIGN = {
+    "empty": (b"", r"is truncated or no checkpoint"),
+    "short": (b"abc", r"is truncated or no checkpoint: a header of \d+ bytes does not fit in, of 3 bytes"),
+    "huge header": ((1 << 63).to_bytes(8, "little") + b"{}", r"a header of 9223372036854775808 bytes does not fit in"),
+    "pickle": (
+        pickle.dumps([1]),
+        r"is a zip or pickle, as torch.save writes; expected a file that fastprune.save wrote",
+    ),
+    "zip": (b"PK\x03\x04" + bytes(99), r"is a zip or pickle"),
+    "not ours": (safetensors.save({"w": torch.ones(2)}), r"was not written by fastprune.save: there is no document"),
+    "theirs": (safetensors.save({"w": torch.ones(2)}, {"format": "pt"}), r"was not written by fastprune.save"),
+    "no JSON": (bytes(100), r"its header is not JSON"),
+    "deep": (len(b"[" * 10**5).to_bytes(8, "little") + b"[" * 10**5, r"its header is not JSON"),
+    "twice": (len(b'{"a":1,"a":1}').to_bytes(8, "little") + b'{"a":1,"a":1}', r"as we write it \(a key twice\)"),
+}
+
+
+@pytest.mark.parametrize("data, message", FOREIGN.values(), ids=FOREIGN)
+def test_a_foreign_file(data, message, tmp_path):
+    (tmp_path / "x").write_bytes(data)
+    for function in (fp.load, fp.checkpoint.read):
+        with pytest.raises(CheckpointError, match=message):
+            function(tmp_path / "x")
+
+
+def test_what_is_no_file(tmp_path):
+    with pytest.raises(CheckpointError, match=r"expected a checkpoint at .*no, got: No such file"):
+        fp.load(tmp_path / "no")
+    os.mkfifo(tmp_path / "pipe")
+    for path in (tmp_path, tmp_path / "pipe", "/dev/zero"):
+        with pytest.raises(CheckpointError, match=r"is no regular file; expected one written by fastprune.save"):
+            fp.load(path)
+
+
+def test_each_flipped_bit_is_noticed(tmp_path):
+    """One of each byte of a small file; more in the fuzz."""
+    path, net = tmp_path / "x", lambda: nn.Linear(2, 1)
+    fp.save(net(), path)
+    data = path.read_bytes()
+    assert len(data) < 1000
+    bits = random.Random(0)
+    for i in range(len(data)):
+        path.write_bytes(data[:i] + bytes([data[i] ^ (1 << bits.randrange(8))]) + data[i + 1 :])
+        with pytest.raises(CheckpointError):
+            fp.load(path, net)
+
+
+class Stateful(nn.Linear):
+    def get_extra_state(self):
+        return {"a": 1}
+
+
+REFUSED = [
+    (lambda: Stateful(2, 2), {}, r"state_dict to be the model's parameters and buffers, got '_extra_state' besides"),
+    (lambda: nn.LazyLinear(2), {}, r"expected weight to be a dense tensor .* got UninitializedParameter"),
+    (lambda: nn.Linear(2, 2, device="meta"), {}, r"expected weight to be a dense tensor .* meta"),
+    (lambda: nn.Linear(2, 2, dtype=torch.complex128), {}, r"expected weight to be .* got Parameter, torch.complex128"),
+    (lambda: nn.Linear(2, 2), {"recipe": {"lr": float("nan")}}, r"finite numbers.* at recipe\['lr'\], got nan"),
+    (lambda: nn.Linear(2, 2), {"recipe": {1: 2}}, r"strings, lists and dicts at recipe, got \{1: 2\}"),
+    (lambda: nn.Linear(2, 2), {"extra": {"a": [torch.ones(1)]}}, r"at extra\['a'\]\[0\], got tensor"),
+    (lambda: nn.Linear(2, 2), {"extra": "a" * 2**24}, r"expected recipe and extra to be small, got a header of 16777"),
+]  # fmt: skip
+
+
+@pytest.mark.filterwarnings("ignore:Lazy modules")
+@pytest.mark.parametrize("make, options, message", REFUSED, ids=range(len(REFUSED)))
+def test_what_cannot_be_saved(make, options, message, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        fp.save(make(), tmp_path / "x", **options)
+    assert os.listdir(tmp_path) == []
+
+
+# The file is there as a whole or not at all ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("where", ["write", "fsync", "replace"])
+def test_a_failed_save_leaves_the_old_file(where, tmp_path, monkeypatch):
+    path = tmp_path / "x"
+    fp.save(nn.Linear(2, 2), path)
+    before = path.read_bytes()
+
+    def full(*args):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    if where == "write":
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, resource.RLIM_INFINITY))
+        monkeypatch.setattr(signal, "old", signal.signal(signal.SIGXFSZ, signal.SIG_IGN), raising=False)
+    else:
+        monkeypatch.setattr(os, where, full)
+    try:
+        with pytest.raises(
+            CheckpointError, match=r"save: expected a file that can be written at .*x, got: .*nothing was"
+        ):
+            fp.save(nn.Linear(300, 300), path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+    assert path.read_bytes() == before and os.listdir(tmp_path) == ["x"]
+    monkeypatch.undo()
+    monkeypatch.setattr(os, "replace", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        fp.save(nn.Linear(3, 3), path)
+    assert path.read_bytes() == before and os.listdir(tmp_path) == ["x"]
+
+
+def test_links_modes_and_what_is_no_file(tmp_path):
+    real, link, net = tmp_path / "real", tmp_path / "link", nn.Linear(2, 2)
+    link.symlink_to("real")
+    mask = os.umask(0o027)
+    try:
+        fp.save(net, link)
+        assert link.is_symlink() and stat.S_IMODE(real.stat().st_mode) == 0o640
+        real.chmod(0o604)
+        fp.save(net, link)
+        assert link.is_symlink() and stat.S_IMODE(real.stat().st_mode) == 0o604
+    finally:
+        os.umask(mask)
+    assert torch.equal(fp.load(link, lambda: nn.Linear(2, 2)).weight, net.weight)
+    os.mkfifo(tmp_path / "pipe")
+    for path, why in (
+        (tmp_path, "Is a directory"),
+        (tmp_path / "pipe", "no regular file"),
+        (tmp_path / "no" / "x", "No such"),
+    ):
+        with pytest.raises(CheckpointError, match=f"save: expected a file that can be written at .*{why}"):
+            fp.save(net, path)
+    assert sorted(os.listdir(tmp_path)) == ["link", "pipe", "real"]
+
+
+# Fuzz ----------------------------------------------------------------------------------------------------------------
+
+
+def test_damaged_files_are_refused_or_right(capsys):
+    """A small share of ``python -m bench.fuzz_checkpoints``, with its guards."""
+    code = fuzz.main(["--cases=560", "--seed=1", "--no-timm", "--out=-"])
+    out, err = capsys.readouterr()
+    assert code == 0 and "| **all** | **560** |" in out, out + err
+
+
+def test_the_fuzz_sees_a_loader_that_is_too_trusting(tmp_path, monkeypatch):
+    files = fuzz.samples(tmp_path)
+    path = tmp_path / "case"
+
+    def outcomes(kind):
+        found = set()
+        for case in fuzz.cases(files, 280, 0):
+            if case.kind == kind:
+                path.write_bytes(case.data)
+                found.add(fuzz.outcome(path, files[case.sample], case.edited))
+        return found
+
+    assert outcomes("flipped bits") == {"refused"}
+    monkeypatch.setattr(checkpoint, "_check_hash", lambda *args: None)
+    assert "another network" in outcomes("flipped bits")
+    monkeypatch.setattr(checkpoint, "_check", lambda *args: None)
+    assert any("Error: " in outcome for outcome in outcomes("document, hash made right"))
+
+
+# Other processes ------------------------------------------------------------------------------------------------------
+
+NO_METHODS = """
+import importlib.abc, importlib.machinery, pathlib, pickle, sys, types
+
+class Blocked(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path=None, target=None):
+        if name.startswith(("fastprune.methods", "fastprune.train", "fastprune.compact", "fastprune.data")):
+            raise ImportError(name)
+
+sys.meta_path.insert(0, Blocked())
+package = types.ModuleType("fastprune")  # its __init__ would import them
+package.__path__ = [sys.argv[1]]
+sys.modules["fastprune"] = package
+from fastprune import checkpoint
+import torch
+
+def no(*args, **kwargs):
+    raise AssertionError("pickle")
+
+pickle.Unpickler = pickle.load = pickle.loads = torch.load = no
+model = checkpoint.load(sys.argv[2]).eval()
+with torch.no_grad():
+    print(model(torch.ones(1, 3, 16, 16)).sum().item())
+"""
+
+
+def test_loading_needs_no_method_code_and_no_pickle(pruned):
+    command = [sys.executable, "-c", NO_METHODS, str(Path(fp.__file__).parent), str(pruned)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    with torch.no_grad():
+        assert float(done.stdout) == fp.load(pruned).eval()(torch.ones(1, 3, 16, 16)).sum().item()
