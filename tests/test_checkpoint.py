@@ -556,3 +556,29 @@ def test_loading_needs_no_method_code_and_no_pickle(pruned):
     assert done.returncode == 0, done.stderr
     with torch.no_grad():
         assert float(done.stdout) == fp.load(pruned).eval()(torch.ones(1, 3, 16, 16)).sum().item()
+
+
+NO_FASTPRUNE = """
+import sys
+
+sys.modules["fastprune"] = None
+{}
+x = torch.ones(1, 3, 64, 64)
+with torch.no_grad():
+    print(model.eval()(x).abs().sum().item(), model.conv1.out_channels)
+"""
+
+
+def test_the_documented_lines_load_without_fastprune(tmp_path):
+    torch.manual_seed(0)
+    x = torch.ones(1, 3, 64, 64)
+    model = stir(models.create("resnet18")).eval()
+    compact(model, uneven_keep(trace(model, x)), x, check=False)
+    fp.save(model, tmp_path / "small.safetensors")
+    page = (fuzz.ROOT / "docs" / "checkpoints.md").read_text().split("## Without fastprune")[1]
+    code = NO_FASTPRUNE.format(page.split("```python\n")[1].split("```")[0])
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    total, channels = map(float, done.stdout.split())
+    with torch.no_grad():
+        assert total == pytest.approx(model(x).abs().sum().item(), rel=1e-5) and channels == 32
