@@ -325,7 +325,7 @@ def trace(model: nn.Module, example_inputs: Any, *, strict: bool | None = None) 
     refused: set[type] = {nn.MultiheadAttention}  # widths and heads are written into it
     tracer, graph, idle = _trace(model, example_inputs, bool(strict), refused)
     while strict is None and tracer.assumed and (where := _fails_in(model, graph, example_inputs)) is not None:
-        refused |= _suspects(tracer.assumed, where)
+        refused |= _suspects(tracer, where)
         tracer, graph, idle = _trace(model, example_inputs, False, refused)
     if tracer.unknown:
         ops = "; ".join(f"{op} {why}" for op, why in tracer.unknown.items())
@@ -376,13 +376,18 @@ def _fails_in(model: nn.Module, graph: ChannelGraph, example_inputs: Any) -> str
     return found.module if found.gap > TOLERANCE else None
 
 
-def _suspects(assumed: Mapping[str, type], where: str) -> set[type]:
-    """Classes of the modules nearest to ``where`` of whose code something was assumed."""
+def _suspects(tracer: Tracer, where: str) -> set[type]:
+    """Classes of the modules nearest to ``where`` of whose code something was assumed, in it or before it ran."""
+    started, within = tracer.entered.get(where, 0), where
     while True:
-        near = {cls for path, cls in assumed.items() if not where or f"{path}.".startswith(f"{where}.")}
+        near = {
+            cls
+            for path, (cls, step) in tracer.assumed.items()
+            if not within or (f"{path}.".startswith(f"{within}.") and (within == where or step <= started))
+        }
         if near:
             return near
-        where = where.rpartition(".")[0]
+        within = within.rpartition(".")[0]
 
 
 def _watch(tracer: Tracer, model: nn.Module, example_inputs: Any) -> str | None:
@@ -414,7 +419,7 @@ def _modules_noted(tracer: Tracer, model: nn.Module, outputs: bool) -> Iterator[
     names = {id(m): name for name, m in model.named_modules()}
 
     def enter(m: nn.Module, _: Any) -> None:
-        tracer.running.append((names.get(id(m), ""), m))
+        tracer.enter(names.get(id(m), ""), m)
 
     def leave(m: nn.Module, _: Any, out: Any) -> None:
         tracer.running.pop()
@@ -522,6 +527,10 @@ def _assemble(tracer: Tracer, model: nn.Module, train_error: str | None) -> Chan
         if len(stuck):
             part = f" ({len(stuck)} of {row.size} channels)" if len(stuck) < row.size else ""
             frozen.setdefault(owner[r], why[int(root[row.start + stuck[0]])] + part)
+    for name, m in model.named_modules():
+        width = m.out_channels if isinstance(m, nn.modules.conv._ConvNd) else getattr(m, "out_features", 0)
+        if width == 1:
+            frozen.setdefault(name, "it has a single output channel")
     norm_after = {owner[r]: owner[norm] for r, norm in tracer.norm_after.items() if r in made}
     means = frozenset(rows[r].name for r in tracer.norm_means)
     stems, factors, last = (frozenset(owner[r] for r in having[role]) for role in ("stem", "factor", "last"))

@@ -137,7 +137,8 @@ class Tracer(TorchDispatchMode):
         self.norm_means: set[int] = set()
         self.outputs: dict[str, list[tuple[Tensor, bool, Marks] | None]] = {}  # by module, one entry a call
         self.running: list[tuple[str, nn.Module]] = []  # the modules now in their forward, outermost first
-        self.assumed: dict[str, type] = {}  # module of whose code something is assumed -> its class
+        self.entered: dict[str, int] = {}  # module -> how many had been entered when it first was
+        self.assumed: dict[str, tuple[type, int]] = {}  # module of whose code something is assumed -> class, the same
         self.numbers: dict[str, Tensor] = {}  # name of an integer in a module -> labels
         self.unknown: dict[str, str] = {}  # op -> what is the matter with it
 
@@ -152,6 +153,11 @@ class Tracer(TorchDispatchMode):
     def add_input(self, t: Tensor) -> None:
         """Declare a tensor an input of the model."""
         setattr(t, ATTRIBUTE, Marks({}, DATA))
+
+    def enter(self, name: str, m: nn.Module) -> None:
+        """Note that a module begins to run."""
+        self.running.append((name, m))
+        self.entered.setdefault(name, len(self.entered))
 
     def finish(self) -> set[str]:
         """Take the marks off what stays behind.  Returns: names of parameters and buffers that no op has read."""
@@ -257,7 +263,7 @@ class Tracer(TorchDispatchMode):
         path, module = self.running[-1] if self.running else ("", None)
         if self.strict or type(module) in self.refused:
             return False
-        self.assumed[path] = type(module)
+        self.assumed.setdefault(path, (type(module), len(self.entered)))
         return True
 
     def counts(self, labels: Tensor) -> bool:

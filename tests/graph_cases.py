@@ -276,6 +276,204 @@ def bounded_norm_with_residual():
     return Net(Lambda(run, conv=nn.Conv2d(8, 8, 3, padding=1), norm=norm, out=nn.Conv2d(8, 7, 1)), 7)
 
 
+class Hierarchical(nn.Module):
+    """Res2Net: pieces of a width written into the module, each convolved on top of the one before."""
+
+    def __init__(self, cin: int = 8) -> None:
+        super().__init__()
+        self.width = 4
+        self.up = conv_bn(cin, 12, 1)
+        self.convs = nn.ModuleList([conv_bn(4, 4), conv_bn(4, 4)])
+        self.down = nn.Conv2d(12, 7, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        a, b, c = torch.split(self.up(x), self.width, 1)
+        a = self.convs[0](a)
+        return self.down(torch.cat([a, self.convs[1](a + b), c], 1))
+
+
+class CrossStage(nn.Module):
+    """CSP: halves, by half of a number in the module."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.expand_chs = 12
+        self.up, self.block, self.out = nn.Conv2d(8, 12, 1), conv_bn(6, 6), nn.Conv2d(12, 7, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        a, b = self.up(x).split(self.expand_chs // 2, dim=1)
+        return self.out(torch.cat([a, self.block(b)], 1))
+
+
+class Mixed(nn.Module):
+    """MixNet: pieces of unequal width, from a list; each piece loses what it likes."""
+
+    def __init__(self, kind: type = list) -> None:
+        super().__init__()
+        self.splits = kind([5, 3])
+        self.convs = nn.ModuleList([conv_bn(5, 5, groups=5), conv_bn(3, 3, 1, groups=3)])
+        self.out = nn.Conv2d(8, 7, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        pieces = torch.split(x, self.splits, 1)
+        return self.out(torch.cat([conv(p) for conv, p in zip(self.convs, pieces, strict=True)], 1))
+
+
+class DualPath(nn.Module):
+    """DPN: so many channels are added, the rest is joined on."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.added = 6
+        self.wide, self.body, self.out = nn.Conv2d(8, 9, 1), conv_bn(8, 10), nn.Conv2d(13, 7, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        s, y = self.wide(x), self.body(x)
+        return self.out(torch.cat([s[:, : self.added] + y[:, : self.added], s[:, self.added :], y[:, self.added :]], 1))
+
+
+class Blur(nn.Module):
+    """BlurPool: a fixed depthwise kernel, with as many groups as the module was told of."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.channels = channels
+        self.register_buffer("kernel", torch.tensor([1.0, 2.0, 1.0]).outer(torch.tensor([0.25, 0.5, 0.25])) / 4)
+        self.kernel = self.kernel.repeat(channels, 1, 1, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.conv2d(F.pad(x, (1, 1, 1, 1), "reflect"), self.kernel, stride=2, groups=self.channels)
+
+
+class StandardisedConv(nn.Conv2d):
+    """Weights standardised per row: rows can go, but a masked column would shift the mean of all rows."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows = self.weight.reshape(1, self.out_channels, -1)
+        w = F.batch_norm(rows, None, None, training=True, momentum=0.0).reshape_as(self.weight)
+        return F.conv2d(x, w, self.bias, self.stride, self.padding)
+
+
+class Attention(nn.Module):
+    """Heads of sizes written into the module, and scaled by a number fixed when it was built."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.heads, self.head_dim = 2, 6
+        self.scale = self.head_dim**-0.5
+        self.q, self.k, self.v = nn.Linear(8, 12), nn.Linear(8, 12), nn.Linear(8, 20)
+        self.out = nn.Linear(20, 7)
+
+    def forward(self, x: Tensor) -> Tensor:
+        n, _, h, w = x.shape
+        tokens = x.flatten(2).transpose(1, 2)
+        q, k = (m(tokens).view(n, h * w, self.heads, self.head_dim).transpose(1, 2) for m in (self.q, self.k))
+        v = self.v(tokens).view(n, h * w, self.heads, -1).transpose(1, 2)
+        y = (q @ k.transpose(2, 3) * self.scale).softmax(-1) @ v
+        return self.out(y.transpose(1, 2).flatten(2)).transpose(1, 2).unflatten(2, (h, w))
+
+
+class SelectiveKernels(nn.Module):
+    """Two branches, mixed channel by channel by a softmax over the branches."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.branches = nn.ModuleList([conv_bn(8, 6), conv_bn(8, 6, 5)])
+        self.reduce, self.select, self.out = conv_bn(6, 4, 1), nn.Conv2d(4, 12, 1), nn.Conv2d(6, 7, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.stack([branch(x) for branch in self.branches], 1)
+        gate = self.select(self.reduce(x.sum(1).mean((2, 3), keepdim=True)))
+        return self.out((x * gate.view(len(x), 2, -1, 1, 1).softmax(1)).sum(1))
+
+
+class TwoHeads(nn.Module):
+    """An auxiliary head that only runs in training."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.body = nn.Conv2d(3, 8, 3), conv_bn(8, 10)
+        self.fc, self.aux = nn.Linear(10, 5), nn.Sequential(nn.Linear(8, 6), nn.ReLU(), nn.Linear(6, 5))
+
+    def forward(self, x: Tensor) -> Tensor | tuple[Tensor, Tensor]:
+        early = F.relu(self.first(x))
+        y = self.fc(self.body(early).mean((2, 3)))
+        return (y, self.aux(early.mean((2, 3)))) if self.training else y
+
+
+@pattern
+def hierarchical_split():
+    return Net(Hierarchical(), 7)
+
+
+@pattern
+def cross_stage_split():
+    return Net(CrossStage(), 7)
+
+
+@pattern
+def mixed_split():
+    return Net(nn.Sequential(Mixed(), nn.Conv2d(7, 8, 1), Mixed(tuple)), 7)
+
+
+@pattern
+def dual_path():
+    return Net(DualPath(), 7)
+
+
+@pattern
+def blur_pool():
+    return Net(nn.Sequential(Blur(8), nn.Conv2d(8, 7, 1)), 7)
+
+
+@pattern
+def standardised_rows():
+    return Net(nn.Sequential(nn.Conv2d(8, 8, 1), StandardisedConv(8, 10, 3), nn.ReLU(), nn.Conv2d(10, 7, 1)), 7)
+
+
+@pattern
+def heads():
+    return Net(Attention(), 7)
+
+
+@pattern
+def selective_kernels():
+    return Net(SelectiveKernels(), 7)
+
+
+@pattern
+def auxiliary_head():
+    return TwoHeads()
+
+
+@pattern
+def reparameterised_branches():
+    """RepVGG: 3x3, 1x1 and identity, each with a norm of its own, added up."""
+
+    def run(m, x):
+        return m.out(F.relu(m.wide(x) + m.narrow(x) + m.same(x)))
+
+    wide, narrow = (nn.Sequential(nn.Conv2d(8, 8, k, padding=k // 2), nn.BatchNorm2d(8)) for k in (3, 1))
+    return Net(Lambda(run, wide=wide, narrow=narrow, same=nn.BatchNorm2d(8), out=nn.Conv2d(8, 7, 1)), 7)
+
+
+@pattern
+def computed_weight():
+    """A weight that is not zero where masked, on an input that is."""
+
+    def run(m, x):
+        return m.out(F.conv2d(x, m.conv.weight.sigmoid()))
+
+    return Net(Lambda(run, conv=nn.Conv2d(8, 10, 3), out=nn.Conv2d(10, 7, 1)), 7)
+
+
+@pattern
+def one_weight_in_two_layers():
+    tied = Lambda(lambda m, x: m.b(F.relu(m.a(x))), a=nn.Conv2d(8, 8, 3, padding=1), b=nn.Conv2d(8, 8, 3, padding=1))
+    tied.b.weight = tied.a.weight
+    return Net(nn.Sequential(tied, nn.Conv2d(8, 7, 1)), 7)
+
+
 def _torchvision(name: str, **options) -> Builder:
     return lambda: getattr(torchvision.models, name)(weights=None, num_classes=10, **options)
 

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 import torchvision
-from graph_cases import FAMILIES, PATTERNS, Lambda, Net, OptionA, conv_bn, stir
+from graph_cases import FAMILIES, PATTERNS, Hierarchical, Lambda, Net, OptionA, conv_bn, stir, uneven_keep
 from torch import nn
 from torch.nn import functional as F
 
@@ -296,6 +296,66 @@ def test_strict_freezes_what_views_and_splits_take_apart():
         assert proved.groups["first"].size == trusting.groups["first"].size == 4
         assert "first" in trace(PATTERNS[name](), X, strict=True).frozen
     assert groups_of(trace(PATTERNS["residual"](), X, strict=True)) == groups_of(trace(PATTERNS["residual"](), X))
+
+
+WHOLE = (
+    "hierarchical_split cross_stage_split mixed_split dual_path blur_pool heads selective_kernels auxiliary_head "
+    "reparameterised_branches computed_weight one_weight_in_two_layers pixel_shuffle layer_scale_and_dropout"
+).split()
+
+
+@pytest.mark.parametrize("name", WHOLE)
+def test_nothing_but_the_outputs_is_left_alone(name):
+    assert set(trace(PATTERNS[name](), X).frozen) <= {"fc", "aux.2"}
+
+
+def test_numbers_in_modules_follow():
+    model = PATTERNS["mixed_split"]()
+    graph = trace(model, X)
+    assert graph.groups["first"].size == 5 and graph.groups["first#2"].size == 3  # pieces are cut independently
+    keep = {"first": torch.tensor([True, False, False, True, False])}
+    assert {n: len(d[-1]) for n, d in graph.kept(keep).items() if -1 in d} == {"middle.0.splits[0]": 2}
+    smaller = graph.after(keep)
+    compact(model, keep, X)
+    assert model.middle[0].splits == [2, 3] and model.middle[2].splits == (5, 3)
+    smaller.tensors(model)
+    other = copy.deepcopy(model)
+    other.middle[0].splits = [5, 3]
+    with pytest.raises(GraphError, match=r"expected middle.0.splits\[0\] to be 2, got 5; trace the model again"):
+        smaller.tensors(other)
+    compact(model, {"middle.1#2": torch.tensor([True, False, False])}, X)
+    assert model.middle[2].splits == (5, 1)
+
+    tied = PATTERNS["hierarchical_split"]()
+    assert groups_of(trace(tied, X))["middle.up.0"] == 4  # three pieces of one width
+    compact(tied, {"middle.up.0": torch.tensor([True, False, True, True])}, X)
+    assert tied.middle.width == 3 and tied.middle.up[0].out_channels == 9
+
+
+def test_a_number_that_means_something_else_is_left_alone():
+    """It is equal to the number of channels and read where they are viewed, but by chance."""
+
+    class Chance(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.factor, self.out = 8, nn.Conv2d(8, 7, 1)
+
+        def forward(self, x):
+            return self.out(x.flatten(2).view(x.shape) / self.factor)
+
+    net = Net(nn.Sequential(Chance(), Hierarchical(7)), 7)
+    graph = trace(net, X)
+    numbers = {row.name for row in graph.rows if row.dim == -1}
+    assert numbers == {"middle.1.width"}  # of other classes all is assumed as before
+    assert {"first", "middle.1.up.0"} <= graph.groups.keys()
+    compact(net, uneven_keep(graph), X)
+    assert net.middle[0].factor == 8 and net.middle[1].width == 2
+
+
+def test_standardised_weights_lose_rows_only():
+    graph = trace(PATTERNS["standardised_rows"](), X)
+    assert set(graph.groups) == {"first", "middle.1", "middle.3"}
+    assert graph.frozen["middle.0"] == "weights are standardised over it"
 
 
 def test_unread_and_unproduced_channels():
