@@ -208,7 +208,7 @@ def provenance(device: str, verified: bool) -> dict[str, Any]:
     """What a row must carry to be believed: code, machine, settings, command.  No host names, no paths."""
     facts = {
         "verified": verified,
-        "commit": _git("rev-parse", "--short=12", "HEAD") or "unknown",
+        "commit": commit(),
         "dirty": bool(_git("status", "--porcelain", "--", ".", ":!bench/results")),
         "device": device_model(device),
         "cpus": os.cpu_count(),
@@ -224,6 +224,11 @@ def provenance(device: str, verified: bool) -> dict[str, Any]:
         "command": command(),
     }
     return facts | ({"cuda": torch.version.cuda} if device == "cuda" else {})
+
+
+def commit() -> str:
+    """The commit of this repository, 12 digits; "unknown" outside of one."""
+    return _git("rev-parse", "--short=12", "HEAD") or "unknown"
 
 
 def command() -> str:

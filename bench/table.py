@@ -52,8 +52,8 @@ def render(rows: list[dict]) -> str:
     varied = [n for n in names if n not in common]
     impls = list(dict.fromkeys(row["impl"] for row in rows))
     metrics = list(dict.fromkeys(name for row in rows for name in row.get("metrics", {})))
-    lines = [_heading(rows, common), "", _line([*varied, *(f"{i}, us" for i in impls), *metrics])]
-    lines.append(_line(["---"] * len(varied) + ["---:"] * (len(impls) + len(metrics))))
+    lines = [_heading(rows, common), "", line([*varied, *(f"{i}, us" for i in impls), *metrics])]
+    lines.append(line(["---"] * len(varied) + ["---:"] * (len(impls) + len(metrics))))
     for found in cases.values():
         case = next(iter(found.values()))["case"]
         cells = [str(case.get(n, "")) for n in varied]
@@ -61,7 +61,7 @@ def render(rows: list[dict]) -> str:
         for metric in metrics:
             values = [f"{i} {r['metrics'][metric]:,}" for i, r in found.items() if metric in r.get("metrics", {})]
             cells.append("; ".join(values))
-        lines.append(_line(cells))
+        lines.append(line(cells))
     return "\n".join(lines) + "\n"
 
 
@@ -83,7 +83,8 @@ def _cell(row: dict) -> str:
     return text + "".join(f" ({s['ratio']:.2f}x {name})" for name, s in ratios.items())
 
 
-def _line(cells: list[str]) -> str:
+def line(cells: list[str]) -> str:
+    """A line of a Markdown table."""
     return "| " + " | ".join(cells) + " |"
 
 
