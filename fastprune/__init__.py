@@ -7,6 +7,7 @@ from fastprune.checkpoint import load, save
 from fastprune.compact import compact
 from fastprune.errors import BackendError, CheckpointError, DataError, FastpruneError, GraphError, TrainingError
 from fastprune.flops import flops
+from fastprune.latency import latency
 from fastprune.memory import tune_cpu_memory
 from fastprune.methods import create
 from fastprune.select import keep_masks
@@ -29,6 +30,7 @@ __all__ = [
     "graph",
     "keep_masks",
     "load",
+    "latency",
     "methods",
     "models",
     "nn",

@@ -22,6 +22,7 @@ LAYERS = (
     ("surgery", "labels", "rules", "graph", "flops", "models", "optim"),
     ("select", "ratios", "compact", "gates", "correlation", "hessian", "cutting", "growing", "oracle", "trainability"),
     ("checkpoint",),
+    ("latency",),
     ("methods",),
     ("data", "train"),
     ("__init__",),  # the public names
