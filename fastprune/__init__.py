@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from fastprune import backends, checkpoint, data, graph, methods, models, nn, ops, optim
+from fastprune import backends, budget, checkpoint, data, graph, methods, models, nn, ops, optim
 from fastprune.checkpoint import load, save
 from fastprune.compact import compact
 from fastprune.errors import BackendError, CheckpointError, DataError, FastpruneError, GraphError, TrainingError
@@ -22,6 +22,7 @@ __all__ = [
     "GraphError",
     "TrainingError",
     "backends",
+    "budget",
     "checkpoint",
     "compact",
     "create",
@@ -29,8 +30,8 @@ __all__ = [
     "flops",
     "graph",
     "keep_masks",
-    "load",
     "latency",
+    "load",
     "methods",
     "models",
     "nn",

@@ -82,6 +82,7 @@ class IterativeCuts:
     Args:
         sizes: Layer name to its number of channels, in the order of a flat vector.
         schedule: See :class:`CutSchedule`.
+        floors: Layer name to channels that stay there in any case, where more than ``min_keep``.
 
     Attributes:
         sizes: As now, after shrinking.
@@ -92,10 +93,12 @@ class IterativeCuts:
         threshold: Of the last cut: groups of this value and below went; -inf if none could.
     """
 
-    def __init__(self, sizes: Mapping[str, int], schedule: CutSchedule) -> None:
+    def __init__(
+        self, sizes: Mapping[str, int], schedule: CutSchedule, floors: Mapping[str, int] | None = None
+    ) -> None:
         if not sizes or any(not isinstance(c, int) or c < 1 for c in sizes.values()):
             raise ValueError(f"IterativeCuts: expected the number of channels of at least one layer, got {dict(sizes)}")
-        self.sizes, self.schedule = dict(sizes), schedule
+        self.sizes, self.schedule, self.floors = dict(sizes), schedule, dict(floors or {})
         names = list(sizes)
         only = schedule.only
         if isinstance(only, int):
@@ -265,7 +268,7 @@ class IterativeCuts:
         for name in self._ranked:
             keep, gone = self._keep[name], self._gone[name]
             values[name], members[name] = channel_groups(scores[name], s.group_size, keep, gone)
-            if floor := min(s.min_keep, int(keep.sum())):  # the best come last
+            if floor := min(max(s.min_keep, self.floors.get(name, 0)), int(keep.sum())):  # the best come last
                 values[name][(gone + len(keep) - floor) // s.group_size :] = math.inf
         # Removed groups must come first.  They do with value 0, as the authors have it, unless a score is negative.
         if any((v < 0).any() for v in values.values()):

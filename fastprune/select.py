@@ -1,16 +1,20 @@
 """From scores to keep-masks: the share to remove, ranked over the whole network or group by group.
 
-Two rules.  :func:`keep_masks` cuts at a quantile of the scores: Receding Neuron Importances, arXiv 2204.06404, which is
-Network Slimming's (Liu et al., ICCV 2017, arXiv 1708.06519) with a floor of three channels per layer.  :func:`pick` and
-:func:`pick_globally` remove a counted number of the lowest, highest or random ones: GReg, arXiv 2012.09243, and TPP,
-arXiv 2207.12534.
+Two rules by ratio.  :func:`keep_masks` cuts at a quantile of the scores: Receding Neuron Importances, arXiv
+2204.06404, which is Network Slimming's (Liu et al., ICCV 2017, arXiv 1708.06519) with a floor of three channels per
+layer.  :func:`pick` and :func:`pick_globally` remove a counted number of the lowest, highest or random ones: GReg,
+arXiv 2012.09243, and TPP, arXiv 2207.12534.
+
+A third one searches: :class:`Ranking` puts all channels into the order in which they go and finds how many have to,
+for whatever must fit (see :mod:`fastprune.budget`).
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from fnmatch import fnmatchcase
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -23,8 +27,72 @@ ORDERS = ("min", "max", "rand")
 LIMITS = {"greg": lambda n: n - 1, "tpp": lambda n: int(0.995 * n)}  # the most that may go of n
 
 
+class Limits(NamedTuple):
+    """Widths that groups may get, int64 (G,) each: ``least`` channels or more, a multiple of ``step`` unless whole."""
+
+    size: np.ndarray
+    least: np.ndarray
+    step: np.ndarray
+
+    def allowed(self, n: np.ndarray) -> np.ndarray:
+        """The nearest width that each group may get, the wider of two; never decreases with ``n``."""
+        n = np.maximum(n, self.least)
+        below = n // self.step * self.step
+        above = np.minimum(below + self.step, self.size)
+        return np.where((n == self.size) | (below < self.least) | (above - n <= n - below) & (n > below), above, below)
+
+    def wider(self, n: np.ndarray) -> np.ndarray:
+        """The next width after ``n``; ``size`` stays."""
+        return np.minimum((n // self.step + 1) * self.step, self.size)
+
+
+def limits(
+    sizes: Mapping[str, int],
+    min_keep: int,
+    max_ratio: float | Mapping[str, float] | None = None,
+    round_to: int | Mapping[str, int] | None = None,
+) -> Limits:
+    """The widths that each group may get.
+
+    Args:
+        sizes: Group name to its number of channels.
+        min_keep: Channels that stay in every group; a smaller group stays whole.
+        max_ratio: Largest share that may go, 0 <= max_ratio <= 1, of every group or by group name or glob pattern, the
+            exact name before patterns, patterns in their order; None, or no match: no such limit.
+        round_to: The number of kept channels is a multiple of it, unless all are kept, or the group has fewer; a dict
+            by group name where it differs, see :func:`fastprune.budget.steps`.
+
+    Raises:
+        ValueError: A value out of range, or a pattern that matches no group.
+    """
+    if min_keep < 1:
+        raise ValueError(f"keep_masks: min_keep must be at least 1, got {min_keep}")
+    asked = max_ratio if isinstance(max_ratio, Mapping) else {} if max_ratio is None else {"*": max_ratio}
+    for pattern, r in asked.items():
+        if isinstance(r, bool) or not isinstance(r, (int, float)) or not 0 <= r <= 1:
+            raise ValueError(
+                f"keep_masks: expected 0 <= max_ratio <= 1 (the most that may go) for {pattern!r}, got {r!r}"
+            )
+    most = _by_name(sizes, asked, 1.0) if isinstance(max_ratio, Mapping) else dict.fromkeys(sizes, asked.get("*", 1.0))
+    steps = round_to if isinstance(round_to, Mapping) else dict.fromkeys(sizes, 1 if round_to is None else round_to)
+    for step in steps.values():
+        if isinstance(step, bool) or not isinstance(step, (int, np.integer)) or step < 1:
+            raise ValueError(f"keep_masks: round_to must be a whole number of at least 1, got {step!r}")
+    size = np.array([*sizes.values()], np.int64)
+    # 0.29 * 100 is 28.999999999999996
+    floors = [max(min_keep, n - math.floor(most[name] * n + 1e-9)) for name, n in sizes.items()]
+    step = np.array([steps.get(name, 1) for name in sizes], np.int64)
+    return Limits(size, np.minimum(np.array(floors, np.int64), size), np.where(step <= size, step, 1))
+
+
 def keep_masks(
-    scores: Mapping[str, Tensor], ratio: float | Mapping[str, float], scope: str = "global", min_keep: int = 3
+    scores: Mapping[str, Tensor],
+    ratio: float | Mapping[str, float],
+    scope: str = "global",
+    min_keep: int = 3,
+    *,
+    max_ratio: float | Mapping[str, float] | None = None,
+    round_to: int | Mapping[str, int] | None = None,
 ) -> dict[str, Tensor]:
     """Choose the channels to keep.
 
@@ -42,6 +110,8 @@ def keep_masks(
             goes before patterns, patterns in their order, and a group that none matches is kept whole.
         scope: Rank all channels against each other, or each group's on its own.
         min_keep: Channels that stay in every group; a smaller group is kept whole.
+        max_ratio: Largest share of a group that may go, one for all or by group name or glob pattern.
+        round_to: Kept channels become the nearest multiple of it; see :func:`limits`.
 
     Returns: Group name to a bool vector, (C,), True = keep, on the device of its scores.
 
@@ -50,13 +120,12 @@ def keep_masks(
     """
     if scope not in SCOPES:
         raise ValueError(f"keep_masks: unknown scope {scope!r}{did_you_mean(str(scope), SCOPES)}")
-    if min_keep < 1:
-        raise ValueError(f"keep_masks: min_keep must be at least 1, got {min_keep}")
     ratios = _ratios(scores, ratio)
     for name, score in scores.items():
         if score.dim() != 1 or score.numel() == 0 or not score.is_floating_point():
             got = f"{score.dtype} {tuple(score.shape)}"
             raise ValueError(f"keep_masks: expected floating scores of shape (C,) for {name}, got {got}")
+    bounds = limits({name: len(score) for name, score in scores.items()}, min_keep, max_ratio, round_to)
     if not scores:
         return {}
 
@@ -72,14 +141,17 @@ def keep_masks(
     if scope == "global" and not isinstance(ratio, Mapping):
         shared = _quantile(everything.sort().values, ratio)
     keep = {}
-    for name, score in exact.items():
+    for i, (name, score) in enumerate(exact.items()):
         if ratios[name] == 0:
             keep[name] = torch.ones_like(score, dtype=torch.bool)
             continue
         ranked, order = score.sort(descending=True, stable=True)
         threshold = _quantile(ranked.flip(0), ratios[name]) if shared is None else shared.to(score.device)
-        # the best come first, so keeping them too changes nothing unless fewer than min_keep pass
-        stays = (ranked > threshold).index_fill_(0, torch.arange(min(min_keep, len(score)), device=score.device), True)
+        # the best come first, so keeping them too changes nothing unless too few pass
+        position = torch.arange(len(score), device=score.device)
+        stays = (ranked > threshold) | (position < int(bounds.least[i]))
+        if bounds.step[i] > 1:
+            stays = position < int(bounds.allowed(int(stays.sum()))[i])
         keep[name] = torch.empty_like(stays).scatter_(0, order, stays)
     return keep
 
@@ -102,15 +174,111 @@ def _ratios(scores: Mapping[str, Tensor], ratio: float | Mapping[str, float]) ->
         if not isinstance(r, (int, float)) or not 0 <= r < 1:
             where = f" for {pattern!r}" if isinstance(ratio, Mapping) else ""
             raise ValueError(f"keep_masks: expected 0 <= ratio < 1{where} (the share removed), got {r!r}")
-    if not isinstance(ratio, Mapping):
-        return dict.fromkeys(scores, ratio)
+    return _by_name(scores, asked, 0.0) if isinstance(ratio, Mapping) else dict.fromkeys(scores, ratio)
+
+
+def _by_name(names: Mapping[str, object], asked: Mapping[str, float], default: float) -> dict[str, float]:
+    """What was asked for each name: exact names go before patterns, patterns in their order."""
     for pattern in asked:
-        if pattern not in scores and not any(fnmatchcase(name, pattern) for name in scores):
-            raise ValueError(f"keep_masks: {pattern!r} matches no group{did_you_mean(pattern, scores)}")
+        if pattern not in names and not any(fnmatchcase(name, pattern) for name in names):
+            raise ValueError(f"keep_masks: {pattern!r} matches no group{did_you_mean(pattern, names)}")
     return {
-        name: asked[name] if name in asked else next((r for p, r in asked.items() if fnmatchcase(name, p)), 0.0)
-        for name in scores
+        name: asked[name] if name in asked else next((r for p, r in asked.items() if fnmatchcase(name, p)), default)
+        for name in names
     }
+
+
+class Ranking:
+    """All channels of all groups in the order in which they go; in NumPy, for searches.
+
+    With scope "global" the lowest value goes first; of equal ones that which ranks lower within its group, relative to
+    the group's size, so that scores without any information give every layer the same share.  With "local" that
+    relative rank is all that counts: every group loses the same share.
+
+    Args:
+        values: Group name to (C,), float; higher = keep, of equal ones within a group the lower index.
+        scope: ``"global"`` or ``"local"``.
+        tied: Lists of groups of one size that lose the same channels, those that are worst by the first one's values.
+
+    Attributes:
+        names: Of the groups.
+        sizes: Their numbers of channels, int64 (G,).
+
+    Raises:
+        ValueError: NaN values, or an unknown scope.
+    """
+
+    def __init__(self, values: Mapping[str, np.ndarray], scope: str, tied: Sequence[Sequence[str]] = ()) -> None:
+        if scope not in SCOPES:
+            raise ValueError(f"keep_masks: unknown scope {scope!r}{did_you_mean(str(scope), SCOPES)}")
+        for name, v in values.items():
+            if np.isnan(v).any():
+                raise ValueError(f"keep_masks: NaN scores in {name}; a loss or a gradient overflowed")
+        self.names = list(values)
+        self.sizes = np.array([len(v) for v in values.values()], np.int64)
+        number = {name: i for i, name in enumerate(self.names)}
+        self._leader = np.arange(len(self.names))
+        for first, *others in tied:
+            self._leader[[number[name] for name in others]] = number[first]
+        ranks = {name: _rank(v) for name, v in values.items()}
+        self._rank = np.concatenate([np.zeros(0, int), *(ranks[self.names[i]] for i in self._leader)])
+        self._group = np.repeat(np.arange(len(self.names)), self.sizes)
+        share = (self._rank + 0.5) / self.sizes[self._group]
+        flat = np.concatenate([np.zeros(0), *values.values()]) if scope == "global" else np.zeros(len(share))
+        leads = (self._leader == np.arange(len(self.names)))[self._group]
+        order = np.lexsort((-share, flat))
+        self._order = self._group[order[leads[order]]]  # group of each channel that goes
+        self._place = np.full(len(flat), -1)
+        self._place[order[leads[order]]] = np.arange(len(self._order))
+        self._start = np.cumsum(self.sizes) - self.sizes
+
+    def widths(self, gone: int) -> np.ndarray:
+        """Channels that each group has left once the first ``gone`` of all are removed: int64 (G,)."""
+        lost = np.bincount(self._order[:gone], minlength=len(self.names))
+        return (self.sizes - lost)[self._leader]
+
+    def stays(self, widths: np.ndarray) -> np.ndarray:
+        """Bool over all channels, groups in their order: the best ``widths`` of each group."""
+        return self._rank < widths[self._group]
+
+    def masks(self, widths: np.ndarray) -> dict[str, np.ndarray]:
+        """The same by group."""
+        return dict(zip(self.names, np.split(self.stays(widths), self._start[1:]), strict=True))
+
+    def largest(self, limits: Limits, fits: Callable[[np.ndarray], bool]) -> np.ndarray | None:
+        """Widths of the largest network that fits: as few channels go, in order, as must; None if none fits.
+
+        Limits are applied to the widths behind each number of channels gone.  What they leave of the budget is then
+        filled up, the best removed channels first, by at most one more step of each group.
+
+        Args:
+            limits: In the order of ``names``.
+            fits: Whether a network of these widths, int64 (G,), fits; a narrower one of a fitting one must fit too.
+        """
+        low, high = 0, len(self._order)
+        if not fits(limits.allowed(self.widths(high))):
+            return None
+        while low < high:
+            middle = (low + high) // 2
+            if fits(limits.allowed(self.widths(middle))):
+                high = middle
+            else:
+                low = middle + 1
+        widths = limits.allowed(self.widths(high))
+        # the best removed channel of each group that leads and has lost any
+        best = np.flatnonzero((self._rank == widths[self._group]) & (self._place >= 0))
+        for i in best[np.argsort(-self._place[best])]:
+            more = np.where(self._leader == self._group[i], limits.wider(widths), widths)
+            if fits(more):
+                widths = more
+        return widths
+
+
+def _rank(values: np.ndarray) -> np.ndarray:
+    """0 for the highest value, of equal ones for the lower index: (C,)."""
+    rank = np.empty(len(values), int)
+    rank[np.argsort(-values, kind="stable")] = np.arange(len(values))
+    return rank
 
 
 def number_removed(ratio: float, size: int, limit: str = "greg") -> int:
@@ -160,7 +328,7 @@ def pick_array(
         raise ValueError("pick: NaN scores; a loss or a gradient overflowed")
     count = min(number_removed(ratio, len(scores), limit), max(0, len(scores) - min_keep))
     keep = np.ones(len(scores), bool)
-    keep[_ranked_array(scores, order, seed)[:count]] = False
+    keep[ranked_array(scores, order, seed)[:count]] = False
     return keep
 
 
@@ -173,7 +341,7 @@ def pick_arrays_globally(
     if np.isnan(together).any():
         bad = next(name for name, score in scores.items() if np.isnan(score).any())
         raise ValueError(f"pick_globally: NaN scores in {bad}; a loss or a gradient overflowed")
-    ranked, group_of = _ranked_array(together, order, seed), np.repeat(np.arange(len(sizes)), sizes)
+    ranked, group_of = ranked_array(together, order, seed), np.repeat(np.arange(len(sizes)), sizes)
     floor = np.zeros(len(together), bool)
     for i in range(len(sizes)):
         floor[ranked[group_of[ranked] == i][-min_keep:]] = True
@@ -182,7 +350,7 @@ def pick_arrays_globally(
     return dict(zip(scores, np.split(keep, np.cumsum(sizes)[:-1]), strict=True))
 
 
-def _ranked_array(scores: np.ndarray, order: str, seed: int) -> np.ndarray:
+def ranked_array(scores: np.ndarray, order: str, seed: int) -> np.ndarray:
     """Indices in the order in which they go."""
     if order == "rand":
         return np.random.RandomState(seed).permutation(len(scores))

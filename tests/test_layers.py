@@ -22,7 +22,7 @@ LAYERS = (
     ("surgery", "labels", "rules", "graph", "flops", "models", "optim"),
     ("select", "ratios", "compact", "gates", "correlation", "hessian", "cutting", "growing", "oracle", "trainability"),
     ("checkpoint",),
-    ("latency",),
+    ("latency", "budget"),
     ("methods",),
     ("data", "train"),
     ("__init__",),  # the public names

@@ -81,6 +81,44 @@ def test_keep_masks_remove_the_asked_share(name):
     assert abs(kept / total - 0.5) < 0.02
 
 
+@pytest.mark.parametrize("what, name", [*(("macs", name) for name in NAMES), ("params", "l1"), ("params", "slimming")])
+def test_keep_masks_meet_a_target(what, name):
+    model, method = make(name, **{f"target_{what}": 0.4}, scope="global")
+    spread(model)
+    train(method, model, 2)
+    keep = method.keep_masks()
+    dense = fastprune.flops(model, X)[what]
+    share = fastprune.flops(fastprune.compact(model, keep, X, check=False), X)[what] / dense
+    assert 0.35 < share <= 0.4
+    assert min(int(mask.sum()) for mask in keep.values()) >= method.options.min_keep
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("scope, by", [("local", "ratio"), ("global", "target_macs")])
+def test_round_to_and_max_ratio_hold(name, scope, by):
+    model, method = make(name, **{by: 0.5}, scope=scope, round_to=4, max_ratio={"features.[03]": 0.3, "*": 0.75})
+    spread(model)
+    train(method, model, 2)
+    widths = {key: int(mask.sum()) for key, mask in method.keep_masks().items()}
+    sizes = {key: method.groups[key].size for key in widths}
+    assert all(width % 4 == 0 and width >= 0.25 * sizes[key] for key, width in widths.items())
+    narrow = [key for key in widths if key in ("features.0", "features.3")]
+    assert narrow and all(widths[key] >= 0.7 * sizes[key] for key in narrow)
+    assert 0.3 < sum(widths.values()) / sum(sizes.values()) < 0.9
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_target_out_of_reach_is_refused_at_once(name):
+    with pytest.raises(ValueError, match=r"target_params asks for .* smallest network .* \(0\.\d+ of the dense one\)"):
+        make(name, target_params=0.3, max_ratio=0.2)
+    with pytest.raises(ValueError, match=r"expected a ratio or a target, got ratio=0\.5 and target_macs"):
+        make(name, ratio=0.5, target_macs=0.5)
+    with pytest.raises(ValueError, match="max_ratio"):
+        make(name, max_ratio=1.5)
+    with pytest.raises(ValueError, match="round_to must be a whole number"):
+        make(name, round_to=0)
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_same_seed_same_keep_masks_and_weights(name):
     runs = []

@@ -7,16 +7,18 @@ from dataclasses import dataclass, fields
 from numbers import Integral, Real
 from typing import Any, ClassVar
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.amp.grad_scaler import OptState
 
 from fastprune import ops
+from fastprune.budget import Budget, steps
 from fastprune.errors import did_you_mean
 from fastprune.graph import ChannelGraph, Group, trace
 from fastprune.optim import GrowingSGD
 from fastprune.ratios import Ratio, left_alone, resolve, skipped
-from fastprune.select import keep_masks
+from fastprune.select import Limits, Ranking, keep_masks, limits
 from fastprune.surgery import Plan
 
 _TYPES = {"bool": bool, "int": Integral, "float": Real, "str": str, "tuple": Sequence, "None": type(None)}
@@ -40,7 +42,17 @@ def register(name: str, number: int | None = None) -> Callable[[type[Method]], t
 
 
 def create(
-    name: str | int, model: nn.Module, example_inputs: Any, ratio: Ratio = 0.5, scope: str | None = None, **options: Any
+    name: str | int,
+    model: nn.Module,
+    example_inputs: Any,
+    ratio: Ratio | None = None,
+    scope: str | None = None,
+    *,
+    target_macs: float | None = None,
+    target_params: float | None = None,
+    target_latency_ms: float | None = None,
+    latency_inputs: Any = None,
+    **options: Any,
 ) -> Method:
     """Make a pruning method for ``model``.
 
@@ -50,12 +62,17 @@ def create(
             :class:`fastprune.nn.BatchNormAct2d`, in place and with the same function; else it is unchanged.
         example_inputs: A tensor or a tuple of arguments for ``model``, on its device.
         ratio: Share of the channels to remove, 0 <= ratio < 1; or shares by stage, layer index, name or pattern, see
-            :mod:`fastprune.ratios`.
+            :mod:`fastprune.ratios`.  None: 0.5, unless there is a target.
+        target_macs, target_params: In place of a ratio: what the pruned model may have at most of multiply-accumulates
+            or of parameters; a share of the model's if at most 1, else a number.
+        target_latency_ms: In place of a ratio: what a forward may take, in eval mode and without gradients, on
+            ``latency_inputs`` (None: ``example_inputs``) and their device; see :class:`fastprune.budget.Budget`.
         scope: ``"global"`` ranks all channels together, ``"local"`` within each group; None: as the method's authors.
         options: Fields of the method's ``Options``.
 
     Raises:
-        ValueError: Unknown method or option, a value out of range, or a model the method does not fit.
+        ValueError: Unknown method or option, a value out of range, a model the method does not fit, or a target that
+            nothing reaches; the message gives the least that is reached.
     """
     name = IDS.get(name, name)
     if name not in METHODS:
@@ -68,8 +85,18 @@ def create(
             raise ValueError(f"create: method {name!r} has no option {option!r}{did_you_mean(option, known)}")
         if not _has_type(value, known[option]):
             raise ValueError(f"create: option {option!r} of {name!r} must be {known[option]}, got {value!r}")
-    graph = trace(model, example_inputs)
-    return cls(model, graph, ratio, scope or cls.scope, cls.Options(**options), example_inputs)
+    targets = {"target_macs": target_macs, "target_params": target_params, "target_latency_ms": target_latency_ms}
+    asked = [target for target, value in targets.items() if value is not None]
+    if asked and ratio is not None:
+        raise ValueError(f"create: expected a ratio or a target, got ratio={ratio!r} and {asked[0]}")
+    if latency_inputs is not None and target_latency_ms is None:
+        raise ValueError("create: latency_inputs goes with target_latency_ms; leave it out")
+    graph, budget = trace(model, example_inputs), None
+    if asked:
+        budget = Budget(graph, model, example_inputs, **targets, latency_inputs=latency_inputs)
+    elif ratio is None:
+        ratio = 0.5
+    return cls(model, graph, ratio, scope or cls.scope, cls.Options(**options), example_inputs, budget)
 
 
 @dataclass(frozen=True)
@@ -78,6 +105,8 @@ class Options:
 
     coupled: bool = False  # also groups that several convolutions write, such as residual streams
     min_keep: int = 3  # channels that stay in any group
+    max_ratio: float | dict[str, float] | None = None  # largest share of a group that may go; or by name or pattern
+    round_to: int | None = None  # kept channels of a layer are a multiple of it, unless it has fewer or keeps all
     skip: str | tuple[str, ...] = ()  # layers left alone: "stage.block.conv" prefixes or glob patterns of names
 
 
@@ -93,10 +122,17 @@ class Method:
     scope: str = "global"
 
     def __init__(
-        self, model: nn.Module, graph: ChannelGraph, ratio: Ratio, scope: str, options: Any, example_inputs: Any
+        self,
+        model: nn.Module,
+        graph: ChannelGraph,
+        ratio: Ratio | None,
+        scope: str,
+        options: Any,
+        example_inputs: Any,
+        budget: Budget | None = None,
     ) -> None:
         self.model, self.graph, self.example_inputs = model, graph, example_inputs
-        self.scope, self.options = scope, options
+        self.scope, self.options, self.budget = scope, options, budget
         self.steps = 0  # optimizer steps made
         self.reg: dict[Tensor, Tensor] = {}  # parameter -> extra weight decay, broadcastable to it
         self.held: dict[Tensor, Tensor] = {}  # parameter -> bool, broadcastable to it; False = zero, and stays so
@@ -112,8 +148,10 @@ class Method:
             raise ValueError(
                 f"{self.name}: no group of channels it can prune in {type(model).__name__}; {self.hint(graph)}"
             )
-        self.ratio = resolve(ratio, model, self.layers(), reasons=left_alone(graph, self.layers()))
-        self.check_ratio()  # bad ratios show now
+        self.ratio = None  # there is a budget instead
+        if budget is None:
+            self.ratio = resolve(ratio, model, self.layers(), reasons=left_alone(graph, self.layers()))
+        self.check_ratio()  # bad ratios, and targets out of reach, show now
         self.prepare()
 
     def layers(self) -> list[str]:
@@ -125,7 +163,11 @@ class Method:
         self.groups = {key: group for key, group in self.groups.items() if key not in names}
 
     def check_ratio(self) -> None:
-        self._keep_masks({key: torch.zeros(group.size) for key, group in self.groups.items()})
+        if self.budget is None:
+            self._keep_masks({key: torch.zeros(group.size) for key, group in self.groups.items()})
+        else:
+            zeros = {key: np.zeros(group.size) for key, group in self.groups.items()}
+            self.budget.check(Ranking(zeros, self.scope), self.limits())
 
     def prunable(self, group: Group) -> bool:
         """Whether this method can score ``group``."""
@@ -229,18 +271,32 @@ class Method:
         raise NotImplementedError
 
     def keep_masks(self) -> dict[str, Tensor]:
-        """Per group bool (C,), True = keep, by ``ratio`` and ``scope``; what ``fastprune.compact`` takes."""
+        """Per group bool (C,), True = keep, by ``ratio`` or target, and ``scope``; what ``fastprune.compact`` takes."""
         return self._keep_masks(self.scores())
 
     def _keep_masks(self, scores: dict[str, Tensor]) -> dict[str, Tensor]:
-        return keep_masks(scores, self.ratio, scope=self.scope, min_keep=self.options.min_keep)
+        if self.budget is None:
+            o = self.options
+            step = None if o.round_to is None else steps(self.graph, o.round_to)
+            return keep_masks(scores, self.ratio, self.scope, o.min_keep, max_ratio=o.max_ratio, round_to=step)
+        ranking = Ranking({name: score.double().cpu().numpy() for name, score in scores.items()}, self.scope)
+        masks = ranking.masks(self.budget.widths(ranking, self.limits()))
+        return {name: torch.from_numpy(mask).to(scores[name].device) for name, mask in masks.items()}
+
+    def limits(self) -> Limits:
+        """The widths that the groups may get, by the options ``min_keep``, ``max_ratio`` and ``round_to``."""
+        o, sizes = self.options, {name: group.size for name, group in self.groups.items()}
+        step = None if o.round_to is None else steps(self.graph, o.round_to)
+        return limits(sizes, o.min_keep, o.max_ratio, step)
 
     def state_dict(self) -> dict[str, Any]:
         """All that a resumed run needs besides model and optimizer."""
-        return {"steps": self.steps}
+        return {"steps": self.steps} | ({} if self.budget is None else {"budget": self.budget.limit})
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.steps = state["steps"]
+        if self.budget is not None and "budget" in state:  # what a latency was found to mean
+            self.budget.limit = state["budget"]
 
 
 def _has_type(value: Any, annotation: str) -> bool:

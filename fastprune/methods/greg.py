@@ -121,6 +121,7 @@ class GrowingMethod(MagnitudeMethod):
         chosen = self._chosen if self._chosen is not None else self._choose_now()
         # how many go is the same whenever a layer chooses for itself
         ranked_together = self.scope == "global" and isinstance(self.ratio, (int, float)) and self.ratio > 0
+        ranked_together |= self.budget is not None
         if self.picks_later and ranked_together and self.pattern is None and not self._inherited:
             self._growing = list(chosen)
         else:

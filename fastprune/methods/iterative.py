@@ -40,7 +40,8 @@ class IterativeMethod(Method):
     ``criterion``, (K,), float64, the channels of the units in order: higher = keep.  What a cut removed is zero at
     once, in the parameters and in the optimizer's state, and held at zero; nothing comes back.  With ``shrink_every``
     the model (and the optimizer's state) gets physically smaller, which gives the same masks but for rounding.  From
-    then on ``keep_masks`` refers to the smaller model, ``survivors`` to the one the run started with.
+    then on ``keep_masks`` refers to the smaller model, ``survivors`` to the one the run started with.  With a target in
+    MACs or parameters the first cut that reaches it is the last one.
 
     Under ``torch.distributed`` all processes call ``step`` alike: they average the criterion, so that all cut the same.
     ``DistributedDataParallel`` cannot follow a model that gets smaller: set ``shrink_every=0`` and compact at the end.
@@ -58,12 +59,24 @@ class IterativeMethod(Method):
         self._keep = {name: torch.ones(size, dtype=torch.bool) for name, size in units.items()}
         self._alive = {name: torch.arange(size) for name, size in units.items()}  # numbers in the original model
         self._sizes = dict(units)
-        self.cuts = IterativeCuts(units, self._schedule(sum(units.values()))) if self.options.per_cut else None
-        self.finished = self.cuts is not None and self.cuts.finished
+        self.cuts = None
+        if self.options.per_cut:
+            if self.options.round_to is not None:
+                raise ValueError(f"{self.name}: round_to is for one cut at the end; with per_cut take group_size")
+            if self.budget is not None and self.budget.limit is None:
+                raise ValueError(
+                    f"{self.name}: with per_cut expected target_macs or target_params; a latency would have to be "
+                    "measured after every cut"
+                )
+            floors = dict(zip(self.groups, self.limits().least.tolist(), strict=True))
+            self.cuts = IterativeCuts(units, self._schedule(sum(units.values())), floors)
+        self.finished = self.cuts is not None and (self.cuts.finished or self._within_budget())
 
     def _schedule(self, total: int) -> CutSchedule:
         o, limit = self.options, self.options.max_removed
-        if limit is None:
+        if limit is None and self.budget is not None:
+            limit = total
+        elif limit is None:
             if not isinstance(self.ratio, float | int):
                 raise ValueError(f"{self.name}: with per_cut expected one ratio or max_removed, got ratio={self.ratio}")
             limit = int(self.ratio * total)
@@ -157,12 +170,15 @@ class IterativeMethod(Method):
             self._keep[name] = mask.cpu()
         self._mask(optimizer)
         self._cuts_since_shrink += 1
-        self.finished = self.cuts.finished
+        self.finished = self.cuts.finished or self._within_budget()
         every = self.options.shrink_every
         if every and (self._cuts_since_shrink >= every or self.finished):
             self._shrink(optimizer)
         if self.finished:
             self.after_last_cut(optimizer)
+
+    def _within_budget(self) -> bool:
+        return self.budget is not None and self.budget.reached({name: self._keep[name] for name in self.groups})
 
     def after_last_cut(self, optimizer: torch.optim.Optimizer) -> None:
         """Nothing will be cut any more."""
@@ -191,6 +207,8 @@ class IterativeMethod(Method):
         """
         owner = self.owners()
         self.graph = self.graph.after(keep)
+        if self.budget is not None:
+            self.budget.look_at(self.graph)
         self.groups = {name: self.graph.groups[name] for name in self.groups}
         stays = {name: keep[owner[name]] for name in self._keep if owner[name] in keep}
         for name, mask in stays.items():

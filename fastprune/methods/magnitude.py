@@ -24,12 +24,23 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from fastprune.budget import Budget
 from fastprune.errors import did_you_mean
 from fastprune.graph import ChannelGraph, Group
 from fastprune.methods.base import Method, Options, register
 from fastprune.ops import filter_norm
 from fastprune.ratios import Ratio, constrained, inherited
-from fastprune.select import LIMITS, SCOPES, pick, pick_array, pick_arrays_globally, pick_globally
+from fastprune.select import (
+    LIMITS,
+    SCOPES,
+    Limits,
+    Ranking,
+    pick,
+    pick_array,
+    pick_arrays_globally,
+    pick_globally,
+    ranked_array,
+)
 
 GROUPS = ("filter", "channel", "weight")
 _PATTERN = re.compile(r"(\d+):(\d+)")
@@ -69,7 +80,14 @@ class MagnitudeMethod(Method):
     # What is scored
 
     def __init__(
-        self, model: nn.Module, graph: ChannelGraph, ratio: Ratio, scope: str, options: Any, example_inputs: Any
+        self,
+        model: nn.Module,
+        graph: ChannelGraph,
+        ratio: Ratio | None,
+        scope: str,
+        options: Any,
+        example_inputs: Any,
+        budget: Budget | None = None,
     ) -> None:
         if options.group not in GROUPS and not _PATTERN.fullmatch(options.group):
             raise ValueError(
@@ -80,7 +98,13 @@ class MagnitudeMethod(Method):
             raise ValueError(f"{self.name}: group N:M keeps N of M weights, 0 < N < M, got {options.group!r}")
         self.by_weight = options.group == "weight" or self.pattern is not None
         self.weights = _weights(model) if self.by_weight else {}
-        super().__init__(model, graph, ratio, scope, options, example_inputs)
+        asked = {"a target": budget, "max_ratio": options.max_ratio, "round_to": options.round_to}
+        asked = [what for what, value in asked.items() if value is not None]
+        if asked and self.by_weight:
+            raise ValueError(f"{self.name}: {asked[0]} is for groups of channels, got group={options.group!r}")
+        if options.inherit is not None and (budget is not None or (asked and options.inherit_what == "index")):
+            raise ValueError(f"{self.name}: expected {asked[0]} or inherit, which says what goes; got both")
+        super().__init__(model, graph, ratio, scope, options, example_inputs, budget)
 
     def layers(self) -> list[str]:
         return list(self.weights) if self.by_weight else super().layers()
@@ -180,6 +204,15 @@ class MagnitudeMethod(Method):
             )
         if self.options.min_keep < 1:
             raise ValueError(f"{self.name}: min_keep must be at least 1, got {self.options.min_keep}")
+        if self.budget is not None:
+            super().check_ratio()
+        elif not self.by_weight:
+            self.limits()
+
+    def limits(self) -> Limits:
+        bounds = super().limits()
+        most = [LIMITS[self.options.limit](int(n)) for n in bounds.size]
+        return bounds._replace(least=np.maximum(bounds.least, bounds.size - np.array(most, np.int64)))
 
     def keep_masks(self) -> dict[str, Tensor]:
         """Per group bool (C,), True = keep; all True with single weights."""
@@ -221,7 +254,24 @@ class MagnitudeMethod(Method):
     def choose_channels(self, magnitudes: np.ndarray) -> dict[str, np.ndarray]:
         """Keep-masks from magnitudes, (K,); in NumPy, since greg-2 asks for them at every update, and a call of PyTorch
         per layer would cost more than the update."""
-        return self.choose(self.split(magnitudes), pick_array, pick_arrays_globally)
+        scores, o = self.split(magnitudes), self.options
+        if self.budget is None and o.max_ratio is None and o.round_to is None:
+            return self.choose(scores, pick_array, pick_arrays_globally)
+        ranking, bounds = Ranking(self._places(scores), self.scope, self._same), self.limits()
+        if self.budget is not None:
+            return ranking.masks(self.budget.widths(ranking, bounds))
+        keep = self.choose(scores, pick_array, pick_arrays_globally)
+        return ranking.masks(bounds.allowed(np.array([keep[name].sum() for name in ranking.names])))
+
+    def _places(self, scores: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """When each channel goes, of all or of its layer, as ``pick_arrays_globally`` or ``pick_array`` order them."""
+        together = np.concatenate([np.zeros(0), *scores.values()])
+        if np.isnan(together).any():
+            bad = next(name for name, score in scores.items() if np.isnan(score).any())
+            raise ValueError(f"{self.name}: NaN weights in {bad}; a loss or a gradient overflowed")
+        if self.scope == "global":
+            return self.split(_inverse(ranked_array(together, self.order, self.options.seed)))
+        return {name: _inverse(ranked_array(v, self.order, self.options.seed)) for name, v in scores.items()}
 
     def choose(self, scores: dict[str, Any], pick: Callable, pick_globally: Callable) -> dict[str, Any]:
         """Keep-masks from scores, by ratio, scope, count rule and constraints."""
@@ -249,6 +299,12 @@ class MagnitudeMethod(Method):
             keep = self.keep_masks()
             self.graph.mask_(self.model, keep)
             self.hold(self.masks(self.graph.kept(keep)), optimizer)
+
+
+def _inverse(permutation: np.ndarray) -> np.ndarray:
+    places = np.empty(len(permutation))
+    places[permutation] = np.arange(len(permutation))
+    return places
 
 
 def _weights(model: nn.Module) -> dict[str, nn.Parameter]:
