@@ -10,6 +10,7 @@ from fastprune.flops import flops
 from fastprune.latency import latency
 from fastprune.memory import tune_cpu_memory
 from fastprune.methods import create
+from fastprune.plain import fold, to_plain
 from fastprune.select import keep_masks
 from fastprune.train import prune_finetune, train  # functions; modules behind stay importable
 from fastprune.version import __version__ as __version__
@@ -28,6 +29,7 @@ __all__ = [
     "create",
     "data",
     "flops",
+    "fold",
     "graph",
     "keep_masks",
     "latency",
@@ -39,6 +41,7 @@ __all__ = [
     "optim",
     "prune_finetune",
     "save",
+    "to_plain",
     "train",
     "tune_cpu_memory",
 ]
