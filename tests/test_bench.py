@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from bench import harness, table
-from bench.e2e import growing, growing_cifar10, iterative, statistics, step, trainability
+from bench.e2e import growing, growing_cifar10, iterative, latency, statistics, step, trainability
 from bench.ops import batch_norm_act as op_bench
 from bench.ops import channel_gate as gate_bench
 from bench.ops import filter_norm as filter_bench
@@ -664,6 +664,48 @@ def test_the_trainability_study_runs_and_writes_its_page(tmp_path, monkeypatch):
         assert (row["steps"] > 0) == (row["method"] in ("tpp", "l1+steps")) and 0 <= row["first"] <= row["best"] <= 1
     text = (tmp_path / "trainability.md").read_text()
     assert "Network 64-30-30-30-10" in text and "leaves 64-6-6-6-10" in text and text.count("| tpp |") == 2
+
+
+def test_the_latency_bench_runs_and_writes_its_page(tmp_path, monkeypatch):
+    monkeypatch.setattr(latency, "setup", lambda net: models.create("resnet20").eval())
+    monkeypatch.setitem(latency.ROUND_TO, "half-16", 4)
+    argv = "bench --no-gate --rounds 7 --nets resnet50 --batches 1 2 --layouts channels_last --size 32"
+    monkeypatch.setattr(sys, "argv", [*argv.split(), "--out", str(tmp_path), "--page", str(tmp_path / "page.md")])
+    threads = torch.get_num_threads()
+    try:
+        latency.main()
+    finally:
+        torch.set_num_threads(threads)
+    rows = {(row["case"]["batch"], row["impl"]): row for row in table.latest([tmp_path / "latency.jsonl"])}
+    impls = [f"{impl}{fold}" for fold in ("", "-folded") for impl in ("dense", "half", "half-16")]
+    assert set(rows) == {(batch, impl) for batch in (1, 2) for impl in impls}
+    dense = rows[1, "dense"]["metrics"]
+    for impl in ("half", "half-16", "half-folded"):
+        assert 0.35 * dense["mmacs"] < rows[1, impl]["metrics"]["mmacs"] <= 0.5 * dense["mmacs"] + 0.1
+    assert rows[2, "half-folded"]["speedup"].keys() == {"dense-folded"} and "layers" not in rows[2, "half"]
+    assert rows[1, "half"]["layers"].keys() == {"Conv2d", "BatchNorm2d", "Linear", "all else"}
+    text = (tmp_path / "page.md").read_text()
+    assert text.count("| resnet50 | 1 | channels_last |") >= 3 and "NOT VERIFIED" in text
+
+
+def test_the_latency_page_names_what_gains_too_little():
+    rows = []
+    for impl, us, mmacs in (("dense", 10000.0, 100.0), ("half", 6250.0, 50.0), ("half-16", 6251.0, 50.0)):
+        row = result(impl, us, metrics={"mmacs": mmacs})
+        row["case"] = {"net": "n", "batch": 1, "layout": "nchw", "size": 8, "threads": 1, "allocator": "default"}
+        row["impl"] = impl
+        if impl != "dense":
+            gain = 10000.0 / us
+            row["speedup"] = {"dense": {"ratio": gain, "median": gain, "p20": 1.5, "p80": 1.7}}
+            row["layers"] = {"Conv2d": [8.0, 4.0], "all else": [2.0, 2.25]}
+        rows.append(row)
+    text = latency.page(rows)
+    assert "| n | 1 | nchw | 0.500 | 10.0 | 6.2 (1.60x, 1.50-1.70) | 6.3 (1.60x, 1.50-1.70) |" in text
+    behind = text.split("## Not faster in proportion")[1].split("##")[0]
+    assert "| n | 1 | nchw | 1 | half-16 | 2.00x | 1.60x |" in behind and "| half |" not in behind
+    assert "| n | 1 | nchw | 1 | half | 8 > 4 | 2 > 2.25 |" in text
+    rows[2]["speedup"]["dense"]["ratio"] = 1.9
+    assert "None." in latency.page(rows)
 
 
 def test_committed_results_are_verified_and_name_no_place():
