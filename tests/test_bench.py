@@ -669,6 +669,8 @@ def test_the_trainability_study_runs_and_writes_its_page(tmp_path, monkeypatch):
 def test_the_latency_bench_runs_and_writes_its_page(tmp_path, monkeypatch):
     monkeypatch.setattr(latency, "setup", lambda net: models.create("resnet20").eval())
     monkeypatch.setitem(latency.ROUND_TO, "half-16", 4)
+    interleave = harness.interleave
+    monkeypatch.setattr(harness, "interleave", lambda calls, **options: interleave(calls, **options | {"sample_s": 0}))
     argv = "bench --no-gate --rounds 7 --nets resnet50 --batches 1 2 --layouts channels_last --size 32"
     monkeypatch.setattr(sys, "argv", [*argv.split(), "--out", str(tmp_path), "--page", str(tmp_path / "page.md")])
     threads = torch.get_num_threads()
