@@ -31,13 +31,15 @@ import torch
 from safetensors import SafetensorError
 from safetensors import torch as safetensors
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.conv import _ConvNd
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.nn.parameter import is_lazy
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastprune import models
 from fastprune.errors import CheckpointError
-from fastprune.nn import BatchNormAct2d, SigmoidBatchNorm2d
+from fastprune.nn import BatchNormAct2d, Gate, SigmoidBatchNorm2d
 from fastprune.nn.convert import convert_plain
 from fastprune.surgery import Plan, first_shapes, keep_lists, shrink
 from fastprune.version import __version__
@@ -551,7 +553,24 @@ def _recreated(document: dict[str, Any]) -> nn.Module:
         raise _Bad(f"needs {name[:80]!r}, which cannot be built here as recorded ({why}); pass model_fn") from e
     dtypes = {_DTYPES[about["dtype"]] for about in document["tensors"].values()}
     floating = {dtype for dtype in dtypes if dtype.is_floating_point}
+    _leave_out(model, document)
     return model.to(floating.pop()) if len(floating) == 1 else model
+
+
+def _leave_out(model: nn.Module, document: dict[str, Any]) -> None:
+    """Take out the norms and gates that the file has nothing of: ``to_plain`` and ``fold`` took them out of its network
+    and gave the layers before them a bias."""
+    stored = {*document["tensors"], *document["shared"]}
+    for name, m in list(model.named_modules(remove_duplicate=False)):
+        has_tensors = any(t is not None for t in (*m._parameters.values(), *m._buffers.values()))
+        if isinstance(m, (_BatchNorm, Gate)) and has_tensors and not any(s.startswith(f"{name}.") for s in stored):
+            rest = [child for child in m.children() if type(child) is not nn.Identity]  # timm's have their activation
+            path, _, leaf = name.rpartition(".")
+            rest = rest if len(rest) == 1 else [nn.Sequential(*rest) if rest else nn.Identity()]
+            model.get_submodule(path)._modules[leaf] = rest[0]
+        elif isinstance(m, (_ConvNd, nn.Linear)) and m.bias is None and f"{name}.bias" in stored:
+            rows = m.out_features if isinstance(m, nn.Linear) else m.out_channels
+            m.bias = nn.Parameter(torch.zeros(rows, dtype=m.weight.dtype))
 
 
 class _Allowance(TorchDispatchMode):

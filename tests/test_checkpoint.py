@@ -238,6 +238,41 @@ def test_bounded_norms_of_a_recorded_network(tmp_path):
         assert torch.equal(model.eval()(x), loaded.eval()(x))
 
 
+def test_norms_and_gates_that_are_gone_are_left_out_of_a_recorded_network(tmp_path):
+    model = small(models.create("resnet20"))
+    model.bn1 = nn.Identity()
+    model.conv1.bias = nn.Parameter(torch.randn(8))
+    record_keep(model, "conv1.bias", (16,), keep_lists(model)["conv1.weight"])
+    fp.save(model, tmp_path / "x")
+    assert_same(model, fp.load(tmp_path / "x"))
+    model = models.create("lenet-taylor", image_size=16)
+    model.gate1 = nn.Identity()
+    fp.save(model, tmp_path / "x")
+    assert_same(model, fp.load(tmp_path / "x"))
+
+
+def test_a_network_that_was_cut_while_it_trained(tmp_path):
+    """Several cuts, on fused norms with gates; the file builds it with plain norms."""
+    x, y = torch.randn(8, 3, 16, 16), torch.randint(10, (8,))
+    model = fp.nn.convert_batchnorm(models.create("resnet20"), fuse=True)
+    optimizer = torch.optim.SGD(model.parameters(), 0.01, momentum=0.9)
+    method = fp.create("taylor-gate", model, x, ratio=0.2, per_cut=20, frequency=1)
+    while not method.finished:
+        optimizer.zero_grad()
+        loss = nn.functional.cross_entropy(model(x), y) + method.penalty()
+        loss.backward()
+        method.step(optimizer, loss)
+    fp.save(model, tmp_path / "x", method=method)
+    loaded = fp.load(tmp_path / "x")
+    before, after = (
+        sum(m.out_channels for m in net.modules() if isinstance(m, nn.Conv2d))
+        for net in (models.create("resnet20"), loaded)
+    )
+    assert before - after == method.cuts.removed > 0
+    with torch.no_grad():
+        assert torch.allclose(model.eval()(x), loaded.eval()(x), rtol=1e-4, atol=1e-5)
+
+
 def test_weights_are_no_part_of_an_architecture(monkeypatch):
     made = []
 
