@@ -269,7 +269,7 @@ def _both(rng: random.Random, data: bytes, right_hash: bool = False) -> bytes:
     parts = Parts(data)
     d = parts.document
     name = rng.choice(sorted(d["tensors"]))
-    what = rng.randrange(8)
+    what = rng.randrange(9)
     if what == 0:
         new = rng.choice([*KEYS, "../../etc/passwd", "conv.__class__", "forward", "fc.weight.grad", "training"])
         d["tensors"][new], parts.entries[new] = d["tensors"].pop(name), parts.entries.pop(name)
@@ -293,6 +293,20 @@ def _both(rng: random.Random, data: bytes, right_hash: bool = False) -> bytes:
         d["lists"] += rng.choice([[[0, 2**47]], [[0, 10**9]] * 50, [list(range(50_000))]])
         d["keep"][rng.choice(["shift", "norm.num_batches_tracked", "x"])] = {"shape": [10**9], "dims": {"0": 0}}
     elif what == 6:
+        attributes = [
+            "conv.groups",
+            "conv.stride[0]",
+            "training",
+            "conv._parameters",
+            "x.y",
+            "splits[0]",
+            "__class__",
+            "a[9]",
+        ]
+        value = rng.choice([1, 2, 3, 10**9, 2**47])
+        d["lists"].append(rng.choice([[0, 1], [0, value], [1, 2]]))
+        d["numbers"][rng.choice(attributes)] = {"value": value, "list": rng.choice([len(d["lists"]) - 1, 10**6])}
+    elif what == 7:
         names = ["resnet152", "vit_h_14", "wrn-40-2", "vgg16-rni", "mlp", "hf-hub:a/b", "os.system", "local-dir:/etc"]
         arguments = rng.choice([
             *({}, {"num_classes": 2**40}, {"num_classes": 10**9}, {"depth": 6 * 10**8 + 4}, {"width": 1e7}),

@@ -41,7 +41,7 @@ from fastprune import models
 from fastprune.errors import CheckpointError
 from fastprune.nn import BatchNormAct2d, Gate, SigmoidBatchNorm2d
 from fastprune.nn.convert import convert_plain
-from fastprune.surgery import Plan, first_shapes, keep_lists, shrink
+from fastprune.surgery import NUMBER, Plan, first_shapes, keep_lists, number, shrink
 from fastprune.version import __version__
 
 FORMAT = 1
@@ -66,6 +66,7 @@ _DOCUMENT = {  # key -> type of its value; None: any JSON
     "shared": dict,
     "lists": list,
     "keep": dict,
+    "numbers": dict,
     "method": None,
     "recipe": None,
     "extra": None,
@@ -114,6 +115,12 @@ def save(
             "dims": {str(d): lists.setdefault(_ranges(stays), len(lists)) for d, stays in dims.items()},
         }
         for name, dims in kept.items()
+        if NUMBER not in dims
+    }
+    numbers = {
+        name: {"value": shapes[name][0], "list": lists.setdefault(_ranges(dims[NUMBER]), len(lists))}
+        for name, dims in kept.items()
+        if NUMBER in dims
     }
     stored = {name: t.detach().resolve_conj().resolve_neg().cpu().contiguous() for name, t in tensors.items()}
     document = {
@@ -126,6 +133,7 @@ def save(
         "shared": shared,
         "lists": [list(ranges) for ranges in lists],
         "keep": keep,
+        "numbers": numbers,
         "method": None if method is None else _json(_about(method), "method"),
         "recipe": _json(recipe, "recipe"),
         "extra": _json(extra, "extra"),
@@ -300,7 +308,8 @@ def read(path: str | os.PathLike) -> dict[str, Any]:
     Returns: ``format``, ``fastprune``, ``torch`` (versions); ``architecture``, ``{"name", "arguments"}`` or None;
         ``bounded``, norms with scale sigmoid(weight); ``tensors``, name to ``{"dtype", "shape", "sha256"}``;
         ``shared``, name to the name of the tensor it is tied to; ``keep``, name to ``{"shape", "dims"}``: the shape
-        before pruning and, by dimension, what is left as ``[start, stop, start, stop, ...]``; ``method``, ``recipe``,
+        before pruning and, by dimension, what is left as ``[start, stop, start, stop, ...]``; ``numbers``, of integers
+        in modules that count channels, ``{"value", "keep"}`` likewise; ``method``, ``recipe``,
         ``extra``.
 
     Raises:
@@ -311,6 +320,8 @@ def read(path: str | os.PathLike) -> dict[str, Any]:
     lists = document.pop("lists")
     for cut in document["keep"].values():
         cut["dims"] = {int(dim): list(lists[i]) for dim, i in cut["dims"].items()}
+    for cut in document["numbers"].values():
+        cut["keep"] = list(lists[cut.pop("list")])
     return document
 
 
@@ -474,7 +485,7 @@ def _check(document: dict[str, Any], entries: dict[str, Any], size: int) -> None
     for key, types in _DOCUMENT.items():
         _expect(types is None or isinstance(document[key], types), f"has no proper {key!r}")
     _expect(document["format"] == FORMAT and document["format"] is not True, "has no proper 'format'")
-    tensors, shared, lists, keep = (document[key] for key in ("tensors", "shared", "lists", "keep"))
+    tensors, shared, lists, keep, numbers = (document[k] for k in ("tensors", "shared", "lists", "keep", "numbers"))
     architecture = document["architecture"]
     if architecture is not None:
         _expect(architecture.keys() == {"name", "arguments"}, "has no proper 'architecture'")
@@ -514,6 +525,10 @@ def _check(document: dict[str, Any], entries: dict[str, Any], size: int) -> None
             left[int(dim)] = counts[i]
         first = shared.get(name, name)  # a buffer that is no state has no tensor
         _expect(first not in tensors or tensors[first]["shape"] == left, f"keep {name!r}: shape")
+    for name, cut in numbers.items():
+        _expect(isinstance(cut, dict) and cut.keys() == {"value", "list"} and name not in keep, f"number {name!r}")
+        _expect(_are_ints([*cut.values()]), f"number {name!r}")
+        _expect(cut["list"] < len(lists) and lists[cut["list"]][-1] <= cut["value"], f"number {name!r}: lists")
 
 
 def _expect(true: Any, what: str) -> None:
@@ -636,6 +651,9 @@ def _fit_tensors(model: nn.Module, document: dict[str, Any], strict: bool) -> No
             wrong.append(f"expected {name!r:.200} to be {dtype or t.dtype} {shape}, got {got}")
         elif owner.setdefault(id(t), first) != first:
             wrong.append(f"{name!r:.200} and {owner[id(t)]!r:.200} are one tensor in the network and two in the file")
+    for name, cut in document["numbers"].items():
+        if (got := number(model, name)) != cut["value"]:
+            wrong.append(f"expected {name!r:.200} to be {cut['value']}, got {'no integer' if got is None else got}")
     lone += [f"{name!r:.200} is only in the network" for name in named if name in persistent - {*stored, *shared}]
     if wrong := (wrong + lone if strict else wrong):
         more = f", and {len(wrong) - 1} more differ" if wrong[1:] else ""
@@ -663,8 +681,9 @@ def _plan(model: nn.Module, document: dict[str, Any]) -> Plan:
         ranges = document["lists"][i]
         return torch.cat([torch.arange(a, b) for a, b in zip(ranges[::2], ranges[1::2], strict=True)])
 
-    return {
+    tensors = {
         names[id(named[name])]: {int(dim): indices(i) for dim, i in cut["dims"].items()}
         for name, cut in document["keep"].items()
         if name in named
     }
+    return tensors | {name: {NUMBER: indices(cut["list"])} for name, cut in document["numbers"].items()}

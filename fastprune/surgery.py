@@ -190,10 +190,10 @@ def _find(model: nn.Module, name: str) -> tuple[nn.Module | None, str, int | Non
     """ "blocks.1.splits[0]" to the module, the attribute's name and the entry, if it is one of a list."""
     path, _, attribute = name.rpartition(".")
     attribute, _, entry = attribute.rstrip("]").partition("[")
-    try:
-        return model.get_submodule(path), attribute, int(entry) if entry else None
-    except AttributeError:
-        return None, attribute, None
+    m: nn.Module | None = model
+    for part in path.split(".") if path else ():
+        m = None if m is None else m._modules.get(part)  # no getattr: names may come from a file
+    return m, attribute, int(entry) if entry.isdecimal() and len(entry) < 10 else None
 
 
 def named_tensors(model: nn.Module) -> dict[str, Tensor]:

@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 import safetensors.torch as safetensors
 import torch
-from graph_cases import stir, uneven_keep
+from graph_cases import PATTERNS, stir, uneven_keep
 from torch import nn
 
 import fastprune as fp
@@ -121,6 +121,11 @@ ROUND_TRIPS = {
     "model_fn": (lambda: small(make_odd()), make_odd),
     "model_fn_twice": (lambda: small(make_odd(), times=2), make_odd),
     "model_fn_whole": (make_odd, make_odd),
+    **{
+        f"model_fn_numbers_{name}": (lambda build=build: small(build()), build)
+        for name, build in PATTERNS.items()
+        if name in ("hierarchical_split", "cross_stage_split", "mixed_split", "dual_path")
+    },
     "model_fn_converted": (
         lambda: small(fp.nn.convert_batchnorm(stir(make_odd()), "sigmoid")),
         lambda: fp.nn.convert_batchnorm(make_odd(), "sigmoid"),
