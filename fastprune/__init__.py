@@ -5,7 +5,16 @@ from __future__ import annotations
 from fastprune import backends, budget, checkpoint, data, graph, methods, models, nn, ops, optim
 from fastprune.checkpoint import load, save
 from fastprune.compact import compact
-from fastprune.errors import BackendError, CheckpointError, DataError, FastpruneError, GraphError, TrainingError
+from fastprune.errors import (
+    BackendError,
+    CheckpointError,
+    DataError,
+    ExportError,
+    FastpruneError,
+    GraphError,
+    TrainingError,
+)
+from fastprune.export import export
 from fastprune.flops import flops
 from fastprune.latency import latency
 from fastprune.memory import tune_cpu_memory
@@ -19,6 +28,7 @@ __all__ = [
     "BackendError",
     "CheckpointError",
     "DataError",
+    "ExportError",
     "FastpruneError",
     "GraphError",
     "TrainingError",
@@ -28,6 +38,7 @@ __all__ = [
     "compact",
     "create",
     "data",
+    "export",
     "flops",
     "fold",
     "graph",

@@ -19,6 +19,9 @@ OPTIONAL = {
     "scikit-learn": "the digits data set, quickstart",
     "matplotlib": "pictures, quickstart",
     "timm": "timm's models",
+    "onnx": "ONNX export",
+    "onnxscript": "ONNX export",
+    "onnxruntime": "checking an ONNX export",
 }
 TOLERANCE = 1e-5  # of float32 results around 1; a wrong kernel is off by far more
 

@@ -18,6 +18,10 @@ class GraphError(FastpruneError):
     """The channel graph cannot be built, or a shrunk model does not compute what its masked model computes."""
 
 
+class ExportError(FastpruneError):
+    """A model cannot be written to a file that others can run, or the file does not compute what the model does."""
+
+
 class DataError(FastpruneError):
     """A data set is missing, incomplete or damaged."""
 

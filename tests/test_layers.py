@@ -21,7 +21,7 @@ LAYERS = (
     ("nn",),
     ("surgery", "labels", "rules", "graph", "flops", "models", "optim"),
     ("select", "ratios", "compact", "gates", "correlation", "hessian", "cutting", "growing", "oracle", "trainability"),
-    ("checkpoint", "plain"),
+    ("checkpoint", "plain", "export"),
     ("latency", "budget"),
     ("methods",),
     ("data", "train"),
