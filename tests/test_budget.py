@@ -409,6 +409,13 @@ def test_cutting_on_the_way_stops_at_the_target(shrink_every, what):
     assert 0.35 * dense[what] < counted(small, X)[what] <= 0.5 * dense[what]
 
 
+def test_a_schedule_that_ends_before_its_target_says_so():
+    net = small_net()
+    method = fp.create("taylor-weight-norm", net, X, per_cut=2, frequency=1, max_removed=2, target_macs=0.5)
+    with pytest.warns(UserWarning, match="no further cut, though target_macs is not reached; see max_removed"):
+        train(method, net)
+
+
 def test_a_target_met_from_the_start_cuts_nothing():
     method = fp.create("taylor-gate", small_net(), X, per_cut=1, target_macs=1.0)
     assert method.finished and all(mask.all() for mask in method.keep_masks().values())

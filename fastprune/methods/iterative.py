@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -171,6 +172,12 @@ class IterativeMethod(Method):
         self._mask(optimizer)
         self._cuts_since_shrink += 1
         self.finished = self.cuts.finished or self._within_budget()
+        if self.finished and self.budget is not None and not self._within_budget():
+            warnings.warn(
+                f"{self.name}: the schedule allows no further cut, though {self.budget.name} is not reached; see "
+                "max_removed, max_cuts, group_size and only",
+                stacklevel=3,
+            )
         every = self.options.shrink_every
         if every and (self._cuts_since_shrink >= every or self.finished):
             self._shrink(optimizer)
