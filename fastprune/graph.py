@@ -309,8 +309,8 @@ def trace(model: nn.Module, example_inputs: Any, *, strict: bool | None = None) 
         example_inputs: A tensor, a tuple of positional or a dict of keyword arguments; a batch of 2 small images does.
         strict: True freezes channel axes that a view or a split takes apart; False assumes that the code derives the
             new sizes from the tensor (``x.chunk(2, 1)``, ``x.view(n, groups, c // groups, h, w)``), as most does.
-            None assumes so too, but where there is such an axis removes half of everything from a float64 copy to see
-            whether it holds, and traces strictly if not.
+            None assumes so too, but where there is such an axis removes a part of everything from a float64 copy to see
+            whether it holds, and assumes nothing of the classes of modules where it does not.
 
     Returns: The graph; group order is module order of the first producing layer.
 
@@ -323,10 +323,16 @@ def trace(model: nn.Module, example_inputs: Any, *, strict: bool | None = None) 
     """
     check_plain(model, "trace")
     refused: set[type] = {nn.MultiheadAttention}  # widths and heads are written into it
-    tracer, graph, idle = _trace(model, example_inputs, bool(strict), refused)
-    while strict is None and tracer.assumed and (where := _fails_in(model, graph, example_inputs)) is not None:
-        refused |= _suspects(tracer, where)
-        tracer, graph, idle = _trace(model, example_inputs, False, refused)
+    sealed: set[type] = set()
+    tracer, graph, idle = _trace(model, example_inputs, bool(strict), refused, sealed)
+    doubtful = strict is None and bool(tracer.assumed)
+    while doubtful and (where := _fails_in(model, graph, example_inputs)) is not None:
+        suspects = _suspects(tracer, where)
+        refused |= suspects
+        culprit = _culprit(model, where, sealed)
+        doubtful = bool(suspects) or culprit not in sealed
+        sealed |= set() if suspects else {culprit}
+        tracer, graph, idle = _trace(model, example_inputs, not doubtful, refused, sealed)
     if tracer.unknown:
         ops = "; ".join(f"{op} {why}" for op, why in tracer.unknown.items())
         warnings.warn(f"trace: {ops}; the channels that reach it stay unpruned (see register_rule)", stacklevel=2)
@@ -341,10 +347,10 @@ def trace(model: nn.Module, example_inputs: Any, *, strict: bool | None = None) 
 
 
 def _trace(
-    model: nn.Module, example_inputs: Any, strict: bool, refused: Set[type]
+    model: nn.Module, example_inputs: Any, strict: bool, refused: Set[type], sealed: Set[type]
 ) -> tuple[Tracer, ChannelGraph, set[str]]:
     """Watch the model once; also returns the modules whose parameters no op has read."""
-    tracer = Tracer(rule_of, strict=strict, refused=refused)
+    tracer = Tracer(rule_of, strict=strict, refused=refused, sealed=sealed)
     convs = [m for m in model.modules() if isinstance(m, nn.modules.conv._ConvNd)]
     masks = {id(b) for m in convs if isinstance(m, MaskedConv2d) for b in m.buffers(recurse=False)}  # cut like weights
     kernels = {id(m.weight) for m in convs} | masks
@@ -362,12 +368,14 @@ def _trace(
 
 
 def _fails_in(model: nn.Module, graph: ChannelGraph, example_inputs: Any) -> str | None:
-    """First module that computes something else in the model without half of each group, taken at random, than in the
-    masked model; None if there is none."""
+    """First module that computes something else in the model without some of each group, taken at random, than in the
+    masked model; None if there is none.  Of equal groups each loses another number, else equal widths would stay
+    equal, as code may rely on."""
     generator = torch.Generator().manual_seed(0)
-    keep = {}
+    keep, left_of = {}, {}
     for name, group in graph.groups.items():
-        stays = torch.randperm(group.size, generator=generator)[: max(1, group.size // 2)]
+        left = left_of[group.size] = left_of.get(group.size, group.size // 2) % (group.size - 1) + 1
+        stays = torch.randperm(group.size, generator=generator)[:left]
         keep[name] = torch.zeros(group.size, dtype=torch.bool).index_fill_(0, stays, True)
     try:
         found = compare(model, graph.kept(keep), lambda copy: graph.mask_(copy, keep), example_inputs)
@@ -383,11 +391,21 @@ def _suspects(tracer: Tracer, where: str) -> set[type]:
         near = {
             cls
             for path, (cls, step) in tracer.assumed.items()
-            if not within or (f"{path}.".startswith(f"{within}.") and (within == where or step <= started))
+            if (not within or f"{path}.".startswith(f"{within}.")) and (within == where or step <= started)
         }
-        if near:
+        if near or not within:
             return near
         within = within.rpartition(".")[0]
+
+
+def _culprit(model: nn.Module, where: str, sealed: Set[type]) -> type:
+    """Class of the innermost module around ``where`` that is not PyTorch's and not sealed; the model's if none is."""
+    while where:
+        cls = type(model.get_submodule(where))
+        if cls not in sealed and not cls.__module__.startswith("torch.nn."):
+            return cls
+        where = where.rpartition(".")[0]
+    return type(model)
 
 
 def _watch(tracer: Tracer, model: nn.Module, example_inputs: Any) -> str | None:
@@ -418,8 +436,8 @@ def _watch(tracer: Tracer, model: nn.Module, example_inputs: Any) -> str | None:
 def _modules_noted(tracer: Tracer, model: nn.Module, outputs: bool) -> Iterator[None]:
     names = {id(m): name for name, m in model.named_modules()}
 
-    def enter(m: nn.Module, _: Any) -> None:
-        tracer.enter(names.get(id(m), ""), m)
+    def enter(m: nn.Module, args: Any) -> None:
+        tracer.enter(names.get(id(m), ""), m, leaves(args))
 
     def leave(m: nn.Module, _: Any, out: Any) -> None:
         tracer.running.pop()

@@ -113,6 +113,7 @@ class Tracer(TorchDispatchMode):
         rule_of: Rule of an op, or None.
         strict: Assume nothing of the model's code (see :meth:`assume`).
         refused: Classes of modules of whose code nothing is assumed.
+        sealed: Classes of modules whose own code freezes all that it touches.
     """
 
     @classmethod
@@ -120,9 +121,16 @@ class Tracer(TorchDispatchMode):
         # PyTorch would wrap our handler to keep the compiler out of it, and import the compiler, a second, for that
         return False
 
-    def __init__(self, rule_of: Callable[[Any], Rule | None], *, strict: bool, refused: Set[type] = frozenset()):
+    def __init__(
+        self,
+        rule_of: Callable[[Any], Rule | None],
+        *,
+        strict: bool,
+        refused: Set[type] = frozenset(),
+        sealed: Set[type] = frozenset(),
+    ):
         super().__init__()
-        self.rule_of, self.strict, self.refused = rule_of, strict, refused
+        self.rule_of, self.strict, self.refused, self.sealed = rule_of, strict, refused, sealed
         self.stored: dict[str, Tensor] = {}
         self.foreign: list[Tensor] = []  # others that outlive the forward and carry marks, such as step counters
         self.rows: list[Row] = []
@@ -154,9 +162,10 @@ class Tracer(TorchDispatchMode):
         """Declare a tensor an input of the model."""
         setattr(t, ATTRIBUTE, Marks({}, DATA))
 
-    def enter(self, name: str, m: nn.Module) -> None:
+    def enter(self, name: str, m: nn.Module, inputs: list[Tensor]) -> None:
         """Note that a module begins to run."""
         self.running.append((name, m))
+        self._seal(inputs)
         self.entered.setdefault(name, len(self.entered))
 
     def finish(self) -> set[str]:
@@ -398,8 +407,13 @@ class Tracer(TorchDispatchMode):
             return NOISE
         return DATA if DATA in kinds else WEIGHT if WEIGHT in kinds else CONSTANT
 
+    def _seal(self, tensors: list[Tensor]) -> None:
+        if self.sealed and self.running and (cls := type(self.running[-1][1])) in self.sealed:
+            self.freeze_all(tensors, f"the code of {cls.__name__} relies on how many there are")
+
     def _apply(self, call: Call) -> None:
         rule = self.rule_of(call.func)
+        self._seal(call.ins)
         if rule is None:
             why = "has no rule"
         else:

@@ -133,10 +133,9 @@ def _parts(tracer: Tracer, call: Call, labels: Tensor) -> list[Tensor] | None:
         if len(part) == len(labels):
             return [part]
         # "so many from the front", "all but so many from the back"
-        ends = [
-            labels[:at] if at >= 0 else labels[at:] for at in (start, end) if at and -len(labels) < at < len(labels)
-        ]
-        return [part] if call.arg("step", 1) == 1 and all([tracer.counts(end) for end in ends]) else None
+        cuts = [at for at in (start, end) if at and abs(at) < len(labels)]
+        known = [_is_known(tracer, labels[:at] if at > 0 else labels[at:]) for at in cuts]
+        return [part] if all(known) and call.arg("step", 1) == 1 else None
     sizes = [t.shape[call.arg("dim", 0)] for t in call.outs]
     parts = list(labels.split(sizes))
     if call.name == "aten::split":
@@ -150,6 +149,11 @@ def _parts(tracer: Tracer, call: Call, labels: Tensor) -> list[Tensor] | None:
         return [parts[0]] * len(parts)
     known = [tracer.counts(part) for part in parts]  # one that is not may be the rest
     return parts if known.count(False) <= 1 and len(parts) > 1 else None
+
+
+def _is_known(tracer: Tracer, labels: Tensor) -> bool:
+    """Whether the code will cut off these channels when there are fewer: padding stays, numbers follow."""
+    return all(label in tracer.constants for label in labels.tolist()) or tracer.counts(labels)
 
 
 def _cut_axes(call: Call) -> set[int]:

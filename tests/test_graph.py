@@ -352,6 +352,28 @@ def test_a_number_that_means_something_else_is_left_alone():
     assert net.middle[0].factor == 8 and net.middle[1].width == 2
 
 
+def test_code_that_compares_widths_of_two_groups_freezes_them():
+    class Reshaped(nn.Module):
+        """Gives one convolution's output the width of the input, and no view shows it."""
+
+        def __init__(self):
+            super().__init__()
+            self.wide, self.out = nn.Conv2d(8, 8, 1), nn.Conv2d(8, 8, 1)
+
+        def forward(self, x):
+            return self.out(self.wide(x).reshape(x.shape))
+
+    net = Net(nn.Sequential(nn.Conv2d(8, 8, 1), Reshaped(), Hierarchical()), 7)
+    trusting = trace(net, X, strict=False)
+    with pytest.raises(GraphError, match=r"'middle.1' does not compute .* RuntimeError: shape"):
+        compact(net, {"middle.0": torch.arange(8) < 3}, X, graph=trusting)
+    graph = trace(net, X)
+    why = "the code of Reshaped relies on how many there are"
+    assert graph.frozen["middle.0"] == graph.frozen["middle.1.wide"] == why
+    assert {"first", "middle.1.out", "middle.2.up.0"} <= graph.groups.keys()
+    compact(net, uneven_keep(graph), X)
+
+
 def test_standardised_weights_lose_rows_only():
     graph = trace(PATTERNS["standardised_rows"](), X)
     assert set(graph.groups) == {"first", "middle.1", "middle.3"}
