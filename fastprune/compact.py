@@ -8,7 +8,7 @@ from torch import nn
 
 from fastprune.errors import GraphError
 from fastprune.graph import ChannelGraph, Keep, trace
-from fastprune.surgery import TOLERANCE, Copies, Optimizers, check_plain, compare, shrink
+from fastprune.surgery import Copies, Optimizers, check_plain, compare, shrink
 
 
 def compact(
@@ -63,23 +63,25 @@ def compact(
 def prove(model: nn.Module, graph: ChannelGraph, keep: Keep, example_inputs: Any) -> float:
     """Check that removing channels gives what masking them gives; the model itself is not touched.
 
-    Runs ``graph.mask_`` on one float64 copy and the removal on another, in eval mode.  Affine parameters, biases,
-    running statistics and all-zero weights of the copies are randomised first: at initialisation many are 0 or 1, or
-    tiny like layer scales, and would hide a mistake.
+    Runs ``graph.mask_`` on one float64 copy and the removal on another, in eval mode, and compares every layer and the
+    outputs.  Affine parameters, biases, running statistics and all-zero weights of the copies are randomised first: at
+    initialisation many are 0 or 1, or tiny like layer scales, and would hide a mistake.  If the model can be trained on
+    ``example_inputs``, the shrunk copy must run in training mode, too.
 
-    Returns: Largest difference of any output, divided by the largest output.
+    Returns: Largest difference of any layer or output, divided by its largest value.
 
     Raises:
         GraphError: The copies differ by more than rounding, or cannot be made or run.
     """
     plan = graph.kept(keep)
     try:
-        worst, _, what = compare(model, plan, lambda copy: graph.mask_(copy, keep), example_inputs)
+        trains = graph.train_error is None
+        found = compare(model, plan, lambda copy: graph.mask_(copy, keep), example_inputs, training=trains)
     except GraphError as e:
         raise GraphError(f"compact: {e}; check=False skips the proof") from e
-    if worst > TOLERANCE:
+    if found.what:
         raise GraphError(
-            f"compact: without the channels, {what}; nothing was changed.  "
+            f"compact: without the channels, {found.what}; nothing was changed.  "
             "If its code relies on fixed channel counts, pass graph=trace(..., strict=True) or leave the group whole"
         )
-    return worst
+    return found.gap

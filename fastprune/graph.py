@@ -35,7 +35,7 @@ from fastprune.errors import GraphError, did_you_mean
 from fastprune.labels import NUMBER, Row, Tracer
 from fastprune.nn import MaskedConv2d
 from fastprune.rules import pointwise, register_rule, rule_of
-from fastprune.surgery import TOLERANCE, call, check_plain, compare, leaves, map_tensors, number
+from fastprune.surgery import call, check_plain, compare, leaves, map_tensors, number
 
 __all__ = ["ChannelGraph", "Group", "Index", "pointwise", "register_rule", "trace"]
 
@@ -354,7 +354,7 @@ def _trace(
     convs = [m for m in model.modules() if isinstance(m, nn.modules.conv._ConvNd)]
     masks = {id(b) for m in convs if isinstance(m, MaskedConv2d) for b in m.buffers(recurse=False)}  # cut like weights
     kernels = {id(m.weight) for m in convs} | masks
-    with undisturbed(model), torch.no_grad():
+    with torch.inference_mode(False), undisturbed(model), torch.no_grad():  # in it, ops would stay whole
         try:
             for name, t in _named_tensors(model):
                 if t.is_floating_point() or id(t) in masks:
@@ -378,10 +378,11 @@ def _fails_in(model: nn.Module, graph: ChannelGraph, example_inputs: Any) -> str
         stays = torch.randperm(group.size, generator=generator)[:left]
         keep[name] = torch.zeros(group.size, dtype=torch.bool).index_fill_(0, stays, True)
     try:
-        found = compare(model, graph.kept(keep), lambda copy: graph.mask_(copy, keep), example_inputs)
+        trains = graph.train_error is None
+        found = compare(model, graph.kept(keep), lambda copy: graph.mask_(copy, keep), example_inputs, training=trains)
     except GraphError:  # nothing can be proved about this model
         return ""
-    return found.module if found.gap > TOLERANCE else None
+    return found.module if found.what else None
 
 
 def _suspects(tracer: Tracer, where: str) -> set[type]:

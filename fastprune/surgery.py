@@ -11,12 +11,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastprune.errors import GraphError
 from fastprune.nn import MaskedConv2d
 from fastprune.optim import GrowingSGD
 
 TOLERANCE = 1e-9  # of the largest output, in float64: a different order of summation stays far below
+COARSE = 1e-4  # the same where a model's code insists on float32
 # tensor name -> dim -> indices that stay; name of an integer in a module -> NUMBER -> indices, as many as it will be
 Plan = dict[str, dict[int, Tensor]]
 NUMBER = -1
@@ -88,6 +90,8 @@ def check_plain(model: nn.Module, who: str) -> None:
             raise ValueError(f"{who}: the model has lazy parameters; run it once on example_inputs first")
         if t.is_meta:
             raise ValueError(f"{who}: {name} is on the meta device, without values; load the weights first")
+        if t.is_inference():
+            raise ValueError(f"{who}: {name} was made under torch.inference_mode and can never change; make it outside")
 
 
 def shrink(model: nn.Module, plan: Plan, optimizer: Optimizers = None, ema: Copies = None) -> None:
@@ -144,7 +148,8 @@ def _shrink(model: nn.Module, plan: Plan, optimizers: list[torch.optim.Optimizer
         touched += [copy.get_submodule(name.rpartition(".")[0]) for copy in copies.values() for name in numbers]
         for m in dict.fromkeys(touched):
             undo.callback(_put_back, m, {k: dict(v) if k in ("_buffers", "_kept") else v for k, v in vars(m).items()})
-            _resize(m, dims_of)
+            if any(id(t) in dims_of for t in _own(m)):
+                _resize(m, dims_of)
         for m in copies.values():
             for name, value in numbers.items():
                 _set_number(m, name, value)
@@ -392,74 +397,107 @@ def _resize(m: nn.Module, dims_of: dict[int, dict[int, Tensor]]) -> None:
         m.num_parameters = len(m.weight)
 
 
-@torch.no_grad()
 def compare(
-    model: nn.Module, plan: Plan, mask: Callable[[nn.Module], None], example_inputs: Any, *, seed: int = 0
+    model: nn.Module,
+    plan: Plan,
+    mask: Callable[[nn.Module], None],
+    example_inputs: Any,
+    *,
+    training: bool = False,
+    seed: int = 0,
 ) -> Difference:
     """Mask one float64 copy of a model, shrink another, and run both in eval mode.
 
-    Every convolution, linear layer and norm is compared, not only the model's output: through many layers without
-    calibrated statistics an early difference can fade below any tolerance.
+    Every convolution, linear layer and norm is compared, not only the model's output: through many layers an early
+    difference can fade below any tolerance.  So that nothing is zero, saturated or alike by chance, whatever the state
+    of training, affine parameters, biases and all-zero weights of the copies are stirred, shifts are kept within one
+    scale, running statistics are set to about those of the inputs, and inputs without any contrast get some.
+
+    A model whose code insists on float32 is compared in float32 where it does so, and then by float32's rounding.
 
     Args:
         model: Not touched.
         plan: What the shrunk copy keeps.
         mask: Zeroes in a copy what ``plan`` removes.
         example_inputs: A tensor, a tuple of positional or a dict of keyword arguments.
-        seed: Of the numbers that affine parameters, biases, running statistics and all-zero weights are stirred with.
+        training: Run the shrunk copy in training mode, too, where other branches may run; nothing is compared there,
+            for dropout draws other numbers.
+        seed: Of all random numbers.
 
-    Returns: Largest difference of any layer or output over its largest value, infinite if the shrunk copy does not run,
-        and, where it is more than rounding, what is wrong: the first layer whose output differs.
+    Returns: How far the shrunk copy is from the masked one; a gap is infinite if it does not run.
 
     Raises:
-        GraphError: No copy can be made, it does not run in float64, or its output is not finite.
+        GraphError: No copy can be made, it runs neither in float64 nor in float32, or its output is not finite.
     """
     devices = {p.device.index for p in model.parameters() if p.device.type == "cuda"}
-    with torch.random.fork_rng(devices=sorted(devices)):
-        try:
-            masked = copy.deepcopy(model).double().eval()
-            _randomise(masked, seed)
-            shrunk = copy.deepcopy(masked)
-            inputs = map_tensors(lambda t: t.detach().double() if t.is_floating_point() else t.detach(), example_inputs)
-            mask(masked)
-            torch.manual_seed(seed)
-            with _recorded(masked) as (layers, _):
-                expected = leaves(call(masked, inputs))
-        except Exception as e:
-            raise GraphError(
-                f"the proof needs a deep copy of the model that runs in float64 ({type(e).__name__}: {e})"
-            ) from e
+    with torch.inference_mode(False), torch.no_grad(), torch.random.fork_rng(devices=sorted(devices)):
+        masked, inputs = _stirred(model, example_inputs, seed)
+        shrunk = copy.deepcopy(masked)
+        shrink(shrunk, plan)
+        mask(masked)
+        layers: list[tuple[str, Tensor]] = []  # of the masked model: what the shrunk one has too, of two samples
+        dims_of = {id(t): plan[name] for name, t in named_tensors(masked).items() if name in plan}
+
+        def note(name: str, m: nn.Module, out: Tensor) -> None:
+            layers.append((name, _first(_kept_outputs(m, out, dims_of)).clone()))  # an in-place activation may follow
+
+        torch.manual_seed(seed)
+        with _Precision() as precision, _watched(masked, note):
+            expected = leaves(call(masked, inputs))
+        del masked
         if not all(t.isfinite().all() for t in expected if t.is_floating_point()):
             raise GraphError("the model's output is not finite on example_inputs, so a proof would say nothing")
-        shrink(shrunk, plan)
-        with _recorded(shrunk) as (shrunk_layers, running):
-            try:
-                torch.manual_seed(seed)
+        tolerance = TOLERANCE if precision.lowest == torch.float64 else COARSE
+        gaps: list[tuple[float, str]] = []
+        theirs = iter(layers)
+
+        def compare_layer(name: str, m: nn.Module, out: Tensor) -> None:
+            other, b = next(theirs, ("", out))
+            a = _first(out)
+            if other == name and a.shape == b.shape:  # else channels lie along another axis too; others will tell
+                gaps.append((_distance([a], [b]), name))
+
+        running: list[str] = []
+        try:
+            torch.manual_seed(seed)
+            with _watched(shrunk, compare_layer, running):
                 got = leaves(call(shrunk, inputs))
-            except Exception as e:
-                where = running[-1] if running else ""
-                what = f"{repr(where) if where else 'the model'} does not compute what it does with them masked"
-                return Difference(float("inf"), where, f"{what}: {type(e).__name__}: {e}")
-    worst = 0.0
-    for (name, a), (_, b) in zip(shrunk_layers, layers, strict=False):
-        b = _kept_outputs(masked.get_submodule(name), name, b, plan)
-        if a.shape == b.shape:  # else channels lie along another axis too; the layers behind will tell
-            worst = max(worst, gap := _distance([a], [b]))
-            if gap > TOLERANCE:
-                return Difference(gap, name, _differs(repr(name), gap))
-    gap = _distance(got, expected)
-    return Difference(max(worst, gap), "", "" if gap <= TOLERANCE else _differs("the model", gap))
+            gaps.append((_distance(got, expected), ""))
+            if first := next(((gap, name) for gap, name in gaps if gap > tolerance), None):
+                return Difference(
+                    *first, f"{_differs(first[1])} (relative difference {first[0]:.1e}{precision.words()})"
+                )
+            if training:
+                with _watched(shrunk.train(), lambda *_: None, running):
+                    call(shrunk, inputs)
+        except Exception as e:
+            where = running[-1] if running else ""
+            mode = " in training mode" if shrunk.training else ""
+            return Difference(float("inf"), where, f"{_differs(where)}{mode}: {type(e).__name__}: {e}")
+    return Difference(max(gap for gap, _ in gaps))
 
 
-def _differs(where: str, gap: float) -> str:
-    return f"{where} does not compute what it does with them masked (relative difference {gap:.1e})"
+def _differs(where: str) -> str:
+    return f"{repr(where) if where else 'the model'} does not compute what it does with them masked"
 
 
-def _kept_outputs(m: nn.Module, name: str, out: Tensor, plan: Plan) -> Tensor:
+def _first(t: Tensor) -> Tensor:
+    """Two samples are enough to compare a layer by."""
+    return t[:2] if t.dim() > 1 else t
+
+
+def _kept_outputs(m: nn.Module, out: Tensor, dims_of: dict[int, dict[int, Tensor]]) -> Tensor:
     """The channels of a layer's output that its shrunk version has too."""
-    axis, rows = (out.dim() - 1 if isinstance(m, nn.Linear) else 1), (1 if getattr(m, "transposed", False) else 0)
-    dims = plan.get(f"{name}.weight") or plan.get(f"{name}.running_mean") or {}
-    return out.index_select(axis, dims[rows].to(out.device)) if rows in dims else out
+    weight, rows = _weight(m), 1 if getattr(m, "transposed", False) else 0
+    axis = 1
+    if isinstance(m, nn.Linear):
+        axis = out.dim() - 1
+    elif isinstance(m, nn.modules.conv._ConvNd):
+        axis = out.dim() - 1 - len(m.kernel_size)
+    stays = dims_of.get(id(weight), {}).get(rows)
+    if stays is None or weight.shape[rows] * (m.groups if rows else 1) != out.shape[axis]:
+        return out
+    return out.index_select(axis, stays.to(out.device))
 
 
 def _distance(got: list[Tensor], expected: list[Tensor]) -> float:
@@ -474,42 +512,131 @@ def _distance(got: list[Tensor], expected: list[Tensor]) -> float:
     return worst
 
 
+def _stirred(model: nn.Module, example_inputs: Any, seed: int) -> tuple[nn.Module, Any]:
+    """A copy to compare by, in eval mode, and inputs of its dtype.
+
+    Raises:
+        GraphError: There is none.
+    """
+    # what a forward left on a module is part of a graph, which deepcopy refuses
+    made = [t for m in model.modules() for t in vars(m).values() if isinstance(t, Tensor) and not t.is_leaf]
+    trouble: Exception | None = None
+    for dtype in (torch.float64, torch.float32):
+        try:
+            stirred = copy.deepcopy(model, {id(t): t.detach().clone() for t in made})
+            stirred.requires_grad_(False)
+            for p in stirred.parameters():
+                p.grad = None
+            stirred.to(dtype).eval()
+            inputs = map_tensors(lambda t, dtype=dtype: _contrast(t.detach(), dtype, seed), example_inputs)
+            _randomise(stirred, seed)
+            torch.manual_seed(seed)
+            with _calibrated(stirred, seed):
+                call(stirred, inputs)
+            return stirred, inputs
+        except Exception as e:
+            trouble = trouble or e
+    raise GraphError(
+        "the proof needs a deep copy of the model that runs in float64 or float32 "
+        f"({type(trouble).__name__}: {trouble})"
+    ) from trouble
+
+
+def _noise(t: Tensor, generator: torch.Generator) -> Tensor:
+    return torch.randn(t.shape, generator=generator, dtype=t.dtype).to(t.device)
+
+
+def _contrast(t: Tensor, dtype: torch.dtype, seed: int) -> Tensor:
+    """An input in ``dtype``; an image all of one colour, which shows nothing of what is where, gets noise."""
+    if not t.is_floating_point():
+        return t
+    t = t.to(dtype)
+    flat = t.dim() > 2 and t.numel() > 1 and bool((t == t.flatten()[0]).all())
+    return t + _noise(t, torch.Generator().manual_seed(seed)) if flat else t
+
+
 def _randomise(model: nn.Module, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
-
-    def noise(t: Tensor) -> Tensor:
-        return torch.randn(t.shape, generator=generator, dtype=t.dtype).to(t.device)
-
     for p in model.parameters():
         if p.numel() == max(p.shape, default=1):  # scales, biases, layer scales
-            p.add_(0.3 * noise(p))
+            p.add_(0.3 * _noise(p, generator))
         elif not p.any():
-            p.copy_(noise(p) / p[0].numel() ** 0.5)
+            p.copy_(_noise(p, generator) / p[0].numel() ** 0.5)
     for m in model.modules():
+        scale, shift = m._parameters.get("weight"), m._parameters.get("bias")
+        if scale is not None and shift is not None and scale.dim() == 1:
+            shift.clamp_(-scale.abs(), scale.abs())  # so that an activation behind it sees both signs
         mean, var = getattr(m, "running_mean", None), getattr(m, "running_var", None)
         if isinstance(mean, Tensor) and isinstance(var, Tensor):
-            mean.add_(0.3 * var.sqrt() * noise(mean))
-            var.mul_(1 + 0.5 * noise(var).tanh())
+            mean.add_(0.3 * var.sqrt() * _noise(mean, generator))
+            var.mul_(1 + 0.5 * _noise(var, generator).tanh())
 
 
 @contextmanager
-def _recorded(model: nn.Module) -> Iterator[tuple[list[tuple[str, Tensor]], list[str]]]:
-    """Outputs of the layers with weights in the order they ran, and the stack of modules now running."""
-    outputs: list[tuple[str, Tensor]] = []
-    running: list[str] = []
+def _calibrated(model: nn.Module, seed: int) -> Iterator[None]:
+    """Within, batch norms set their running statistics to about those of what they get."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def calibrate(m: nn.Module, args: tuple) -> None:
+        mean, x = m.running_mean, args[0] if args else None
+        if not isinstance(x, Tensor) or x.dim() < 2 or x.shape[1:2] != mean.shape:
+            return
+        got_var, got_mean = torch.var_mean(x, [d for d in range(x.dim()) if d != 1], correction=0)
+        got_var = torch.where(got_var > 1e-6 * got_var.mean(), got_var, 1.0)
+        mean.copy_(got_mean + 0.3 * got_var.sqrt() * _noise(mean, generator))
+        m.running_var.copy_(got_var * (1 + 0.5 * _noise(mean, generator).tanh()))
+
+    norms = [m for m in model.modules() if {"running_mean", "running_var"} <= m._buffers.keys()]
+    hooks = [m.register_forward_pre_hook(calibrate) for m in norms if m.running_mean is not None]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+class _Precision(TorchDispatchMode):
+    """Sees the lowest floating-point dtype that anything is computed in."""
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # as in fastprune.labels
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lowest = torch.float64
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for t in leaves(out):
+            if t.is_floating_point() and t.dtype.itemsize < self.lowest.itemsize:
+                if any(a.is_floating_point() for a in leaves(args)):
+                    self.lowest = t.dtype
+        return out
+
+    def words(self) -> str:
+        return "" if self.lowest == torch.float64 else f"; its code insists on {self.lowest}"
+
+
+@contextmanager
+def _watched(
+    model: nn.Module, note: Callable[[str, nn.Module, Tensor], None], running: list[str] | None = None
+) -> Iterator[None]:
+    """Within, tell ``note`` what layers with weights return, and keep a stack of the modules now ``running``."""
+    running = [] if running is None else running
+    layers = (nn.modules.conv._ConvNd, nn.Linear, nn.modules.batchnorm._NormBase)
 
     def leave(name: str, m: nn.Module, out: Any) -> None:
         running.pop()
-        layer = isinstance(m, (nn.modules.conv._ConvNd, nn.Linear, nn.modules.batchnorm._NormBase))
-        if layer and isinstance(out, Tensor):
-            outputs.append((name, out.clone()))  # an in-place activation may follow
+        if isinstance(m, layers) and isinstance(out, Tensor) and _own(m):
+            note(name, m, out)
 
     hooks = []
     for name, m in model.named_modules():
         hooks.append(m.register_forward_pre_hook(lambda m, args, name=name: running.append(name)))
         hooks.append(m.register_forward_hook(lambda m, args, out, name=name: leave(name, m, out)))
     try:
-        yield outputs, running
+        yield
     finally:
         for hook in hooks:
             hook.remove()

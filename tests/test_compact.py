@@ -300,6 +300,94 @@ def test_the_proof_reports_its_error_and_leaves_the_model():
     assert same(before, state(model))
 
 
+def scaled_by_width(m, x):
+    return m.conv(x.float() * (1 + x.shape[1] / 8))
+
+
+def test_float32_in_the_code_is_compared_by_its_own_rounding():
+    """A convolution in float32 inside; and a model that runs in float32 only."""
+
+    def inside(m, x):
+        weight, bias = m.conv.weight.float(), m.conv.bias.float()
+        return nn.functional.conv2d(m.value(x).relu().float(), weight, bias).to(x.dtype)
+
+    def only(m, x):
+        return m.conv(m.value(x.float()).relu()).float()
+
+    for function in (inside, only):
+        model = Net(Lambda(function, value=nn.Conv2d(8, 16, 1), conv=nn.Conv2d(16, 7, 1)), 7)
+        x = torch.randn(2, 3, 16, 16)
+        graph = trace(model, x)
+        keep = uneven_keep(graph)
+        assert 1e-9 < prove(model, graph, keep, x) < 1e-5
+        compact(model, keep, x, graph=graph)
+        assert model.middle.value.out_channels == 8
+    wrong = Net(Lambda(scaled_by_width, conv=nn.Conv2d(8, 7, 1)), 7)
+    with pytest.raises(GraphError, match=r"'middle.conv' does not .*e-01; its code insists on torch.float32\)"):
+        compact(wrong, {"first": torch.arange(8) < 5}, torch.randn(2, 3, 16, 16))
+
+
+@pytest.mark.parametrize("hide", ["colourless", "dead", "no scale", "stale statistics"])
+def test_nothing_hides_a_mistake(hide):
+    """The third channel goes to where the fourth should: the proof sees it whatever the weights and inputs are."""
+
+    def swapped(m, x):
+        return m.conv(x if x.shape[1] == 8 else x.flip(1))
+
+    model = Net(Lambda(swapped, conv=nn.Conv2d(8, 7, 1, bias=False)), 7)
+    x = torch.zeros(2, 3, 16, 16) if hide == "colourless" else torch.randn(2, 3, 16, 16)
+    with torch.no_grad():
+        model.first.bias.zero_()
+        if hide == "dead":
+            model.bn.bias.fill_(-100.0)
+        elif hide == "no scale":
+            model.bn.weight.zero_()
+        elif hide == "stale statistics":
+            model.bn.running_mean.fill_(1e4)
+    with pytest.raises(GraphError, match=r"'middle.conv' does not compute what it does with them masked \(relative"):
+        compact(model, {"first": torch.arange(8) < 5}, x)
+
+
+def test_branches_of_training_must_run():
+    def branch(m, x):
+        return m.conv(x.view(len(x), 8, -1, *x.shape[2:]).flatten(1, 2) if m.training else x)
+
+    model, x = Net(Lambda(branch, conv=nn.Conv2d(8, 7, 1)), 7), torch.randn(2, 3, 16, 16)
+    graph, keep = trace(model, x, strict=False), {"first": torch.arange(8) < 5}
+    with pytest.raises(GraphError, match=r"'middle' does not compute .* masked in training mode: RuntimeError: shape"):
+        compact(model, keep, x, graph=graph)
+    assert model.first.out_channels == 8 and model.training
+
+
+def test_a_width_in_a_users_code_is_named():
+    class Scale(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.gain = nn.Parameter(torch.ones(8))
+
+        def forward(self, x):
+            return x * self.gain.expand(len(x), 8)[:, :, None, None]
+
+    model, x = Net(nn.Sequential(Scale(), nn.Conv2d(8, 7, 1)), 7), torch.randn(2, 3, 16, 16)
+    with pytest.raises(GraphError, match=r"'middle.0' does not compute .* expanded size .*fixed channel counts"):
+        compact(model, {"first": torch.arange(8) < 5}, x, graph=trace(model, x, strict=False))
+
+
+def test_what_a_forward_left_behind_is_copied():
+    """A tensor with a graph, kept on a module, cannot be copied by deepcopy."""
+
+    def remember(m, x):
+        m.seen = m.conv(x)
+        return m.seen
+
+    model, x = Net(Lambda(remember, conv=nn.Conv2d(8, 7, 1)), 7), torch.randn(2, 3, 16, 16)
+    graph = trace(model, x)
+    model(x)
+    assert not model.middle.seen.is_leaf
+    compact(model, uneven_keep(graph), x, graph=graph)
+    assert model.first.out_channels == 4
+
+
 @pytest.mark.parametrize("backend", ["cpp", "triton"])
 def test_our_compiled_norms_are_understood(backend):
     if not (report := backends.report()[backend]).startswith(("ok", "interpreted")):

@@ -407,7 +407,7 @@ X = torch.randn(3, 2, 8, 8, generator=torch.Generator().manual_seed(3), dtype=to
 
 
 @given(st.data())
-@examples(140)
+@examples(110)
 def test_small_equals_masked(data):
     """Outputs in eval and training mode, gradients and running statistics of what is left; sizes; the same objects."""
     model = data.draw(networks())
@@ -439,7 +439,7 @@ def test_small_equals_masked(data):
 
 
 @given(st.data())
-@examples(70)
+@examples(50)
 def test_twice_is_once(data):
     """Cutting twice is cutting once with both masks, and a new trace finds what ``graph.after`` says."""
     model = data.draw(networks())

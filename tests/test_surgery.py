@@ -480,3 +480,107 @@ def test_old_memory_is_given_back():
     gc.collect()
     assert all(ref.expired() for ref in old)
     assert all(t.untyped_storage().nbytes() == t.numel() * t.element_size() for t in tensors())
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_called_without_gradients_the_result_can_be_trained(mode):
+    model = network()
+    optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9)
+    with mode():
+        compact(model, keeps_of(trace(model, X)), X, optimizer=optimizer)
+    assert not any(t.is_inference() for t in surgery.named_tensors(model).values())
+    backward(model)
+    optimizer.step()
+
+
+def test_dtype_layout_flags_and_buffers_stay_what_they_are():
+    model = network().to(torch.bfloat16, memory_format=torch.channels_last)
+    w = model.middle[0].body[0][0].weight
+    w.data = w.data.permute(0, 1, 3, 2).contiguous().permute(0, 1, 3, 2)  # neither contiguous nor channels_last
+    model.first.weight.requires_grad_(False)
+    model.bn.register_buffer("twin", model.bn.running_mean, persistent=False)  # a second name of one buffer
+    model.bn.register_buffer("view", model.bn.running_var.view(-1), persistent=False)  # a second tensor on one memory
+    model.bn.register_buffer("steps", torch.arange(8))  # integers: nothing to do with channels
+    model.bn.forward = lambda x: nn.BatchNorm2d.forward(model.bn, x) + 0 * (model.bn.view)[:, None, None]
+    x = X.bfloat16()
+    names, order = list(model.state_dict()), sorted(range(4), key=lambda d: -w.stride(d))
+    graph = trace(model, x)
+    compact(model, keeps_of(graph), x, graph=graph, check=False)
+    assert all(t.dtype == torch.bfloat16 for t in surgery.named_tensors(model).values() if t.is_floating_point())
+    assert sorted(range(4), key=lambda d: -w.stride(d)) == order and w.shape == (3, 4, 3, 3)
+    assert model.middle[2][0].weight.is_contiguous(memory_format=torch.channels_last)
+    assert not model.first.weight.requires_grad and w.requires_grad
+    assert model.bn.twin is model.bn.running_mean and len(model.bn.twin) == 4 and list(model.state_dict()) == names
+    assert model.bn.view.data_ptr() == model.bn.running_var.data_ptr() and model.bn.view.shape == (4,)
+    assert len(model.bn.steps) == 8 and model(x).isfinite().all()
+
+
+def test_one_memory_cut_in_two_ways_is_refused():
+    """Two convolutions on one memory that PyTorch does not know to be tied; and a parameter inside a buffer."""
+    twice = PATTERNS["residual"]().double()
+    twice.middle.body[0][0].weight.data = twice.middle.body[1][0].weight.data.view(6, 8, 3, 3)
+    part = PATTERNS["residual"]().double()
+    part.register_buffer("flat", torch.cat([part.bn.weight.detach(), part.bn.bias.detach()]))
+    part.bn.weight.data = part.flat[:8]
+    cases = (twice, "middle.body.0.0.weight and middle.body.1.0.weight"), (part, "(flat and bn|bn.weight and flat)")
+    for model, names in cases:
+        keep = keeps_of(trace(model, X))
+        with pytest.raises(ValueError, match=names + ".* share memory and would be cut differ"), unchanged(model):
+            compact(model, keep, X, check=False)
+    part.bn.weight.data, part.bn.bias.data = part.flat.split(8)  # all in one storage, side by side: nothing is shared
+    del part.flat
+    compact(part, keeps_of(trace(part, X)), X)
+
+
+def compiled_inside():
+    model = network()
+    model.middle[1] = torch.compile(model.middle[1], backend="eager")
+    return model
+
+
+def compiled_in_place():
+    model = network()
+    model.compile(backend="eager")
+    return model
+
+
+def made_for_inference():
+    with torch.inference_mode():
+        return network()
+
+
+UNFIT = {
+    "compiled": (lambda: torch.compile(network(), backend="eager"), r"but it was compiled; compact before compiling"),
+    "compiled inside": (compiled_inside, r"but its part 'middle.1' was compiled; compact before"),
+    "compiled in place": (compiled_in_place, r"but it was compiled; compact before compiling"),
+    "parallel": (lambda: nn.DataParallel(network()), r"it is a DataParallel, .* pass its .module, and wrap what comes"),
+    "meta": (lambda: network().to("meta"), r"first.weight is on the meta device, .* load the weights first"),
+    "inference": (made_for_inference, r"first.weight was made under torch.inference_mode .* make it outside"),
+}
+
+
+@pytest.mark.parametrize("make, message", UNFIT.values(), ids=UNFIT)
+def test_models_that_cannot_be_cut_say_why(make, message):
+    with pytest.raises(ValueError, match="compact: .*" + message):
+        compact(make(), {}, X)
+
+
+def test_distributed_models_are_cut_inside_and_wrapped_anew(tmp_path):
+    """What docs/surgery.md says of DistributedDataParallel."""
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/rendezvous", rank=0, world_size=1)
+    try:
+        wrapped = nn.parallel.DistributedDataParallel(network())
+        optimizer = torch.optim.SGD(wrapped.parameters(), 0.1, momentum=0.9)
+        backward(wrapped)
+        optimizer.step()
+        with pytest.raises(ValueError, match=r"it is a DistributedDataParallel, which keeps buckets of the old sizes"):
+            compact(wrapped, {}, X, optimizer=optimizer)
+        model = wrapped.module
+        del wrapped
+        compact(model, keeps_of(trace(model, X)), X, optimizer=optimizer)
+        again, before = nn.parallel.DistributedDataParallel(model), model.first.weight.clone()
+        backward(again)
+        optimizer.step()
+        assert not torch.equal(before, model.first.weight)
+    finally:
+        torch.distributed.destroy_process_group()
