@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
 
 from fastprune.errors import GraphError
 from fastprune.nn import MaskedConv2d
@@ -90,6 +90,10 @@ def check_plain(model: nn.Module, who: str) -> None:
             raise ValueError(f"{who}: the model has lazy parameters; run it once on example_inputs first")
         if t.is_meta:
             raise ValueError(f"{who}: {name} is on the meta device, without values; load the weights first")
+        if is_traceable_wrapper_subclass(t):
+            raise ValueError(
+                f"{who}: {name} is a {type(t).__name__}; expected plain tensors: shard or quantise afterwards"
+            )
         if t.is_inference():
             raise ValueError(f"{who}: {name} was made under torch.inference_mode and can never change; make it outside")
 
