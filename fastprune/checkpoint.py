@@ -46,6 +46,7 @@ from fastprune.version import __version__
 
 FORMAT = 1
 MOST_HEADER_BYTES = 1 << 24  # of names, shapes and the document; a pruned DenseNet-201 takes less than a tenth
+MOST_BRACKETS = 1 << 18  # in the header: each costs some sixty times the memory of its text
 MOST_ELEMENTS = 1 << 30  # of an unpruned network that is built because a file says so
 MOST_DEPTH = 64  # of nested lists and dicts in recipe and extra
 
@@ -141,8 +142,9 @@ def save(
     body = json.dumps(document, separators=(",", ":"), allow_nan=False)
     text = f'{{"sha256":"{_sha256(body.encode())}",{body[1:]}'
     data = safetensors.save(stored, {"fastprune": text})
-    if (header := int.from_bytes(data[:8], "little")) > MOST_HEADER_BYTES:
-        raise ValueError(f"save: expected recipe and extra to be small, got a header of {header} bytes, more than 2^24")
+    header = int.from_bytes(data[:8], "little")
+    if header > MOST_HEADER_BYTES or _brackets(data[8 : 8 + header]) > MOST_BRACKETS:
+        raise ValueError(f"save: expected recipe and extra to be small, got a header of {header} bytes; shorten them")
     _replace(os.path.realpath(path), data)
 
 
@@ -261,6 +263,10 @@ def _json(value: Any, where: str, depth: int = 0) -> Any:
 
 def _is_text(value: str) -> bool:
     return not re.search("[\ud800-\udfff]", value)
+
+
+def _brackets(header: bytes) -> int:
+    return header.count(b"[") + header.count(b"{")
 
 
 def _replace(path: str, data: bytes) -> None:
@@ -450,6 +456,8 @@ def _parse(data: bytes | str) -> dict[str, Any]:
     def no_constant(name: str) -> None:
         raise ValueError(f"the constant {name}")
 
+    if isinstance(data, bytes) and _brackets(data) > MOST_BRACKETS:
+        raise _Bad("is no checkpoint: its header has more lists than any network")
     try:
         text = data.decode() if isinstance(data, bytes) else data
         parsed = json.loads(text, object_pairs_hook=distinct, parse_constant=no_constant)
@@ -653,7 +661,9 @@ def _fit_tensors(model: nn.Module, document: dict[str, Any], strict: bool) -> No
             wrong.append(f"{name!r:.200} and {owner[id(t)]!r:.200} are one tensor in the network and two in the file")
     for name, cut in document["numbers"].items():
         if (got := number(model, name)) != cut["value"]:
-            wrong.append(f"expected {name!r:.200} to be {cut['value']}, got {'no integer' if got is None else got}")
+            wrong.append(
+                f"expected the number {name!r:.200} to be {cut['value']}, got {'no integer' if got is None else got}"
+            )
     lone += [f"{name!r:.200} is only in the network" for name in named if name in persistent - {*stored, *shared}]
     if wrong := (wrong + lone if strict else wrong):
         more = f", and {len(wrong) - 1} more differ" if wrong[1:] else ""

@@ -120,6 +120,7 @@ ROUND_TRIPS = {
     "by_name_whole": (lambda: models.create("lenet-taylor", in_channels=3, image_size=16), None),
     "model_fn": (lambda: small(make_odd()), make_odd),
     "model_fn_twice": (lambda: small(make_odd(), times=2), make_odd),
+    "model_fn_numbers": (lambda: small(fuzz.Splits(3)), lambda: fuzz.Splits(3)),
     "model_fn_whole": (make_odd, make_odd),
     **{
         f"model_fn_numbers_{name}": (lambda build=build: small(build()), build)
@@ -406,6 +407,30 @@ def test_a_forged_document(change, message, pruned, tmp_path):
     assert "\n" not in str(e.value) and str(e.value).startswith(f"load: {path} ")
 
 
+def test_forged_numbers(tmp_path):
+    path = tmp_path / "x"
+    model = small(fuzz.Splits(3))
+    fp.save(model, path)
+    assert fp.checkpoint.read(path)["numbers"]["parts[0]"]["value"] == 8
+    good = path.read_bytes()
+    for name, message in {
+        "training": "expected the number 'training' to be 8, got no integer",
+        "parts[9]": "got no integer",
+        "parts[x]": "got no integer",
+        "a.weight[0]": "got no integer",
+        "a.weight": "got no integer|number 'a.weight'",
+        "__class__.__init__": "got no integer",
+        "a._version": "got no integer",
+        "c.out_channels": "expected the number 'c.out_channels' to be 8, got 9",
+    }.items():
+        path.write_bytes(good)
+        numbers = fuzz.Parts(good).document["numbers"]
+        edited(path, set_key("numbers", value={name: numbers["parts[0]"]}))
+        with pytest.raises(CheckpointError, match=message):
+            fp.load(path, lambda: fuzz.Splits(3))
+
+
+LISTS = b'{"a":[' + b"[]," * 2**18 + b"[]]}"
 FOREIGN = {
     "empty": (b"", r"is truncated or no checkpoint"),
     "short": (b"abc", r"is truncated or no checkpoint: a header of \d+ bytes does not fit in, of 3 bytes"),
@@ -419,6 +444,10 @@ FOREIGN = {
     "theirs": (safetensors.save({"w": torch.ones(2)}, {"format": "pt"}), r"was not written by fastprune.save"),
     "no JSON": (bytes(100), r"its header is not JSON"),
     "deep": (len(b"[" * 10**5).to_bytes(8, "little") + b"[" * 10**5, r"its header is not JSON"),
+    "lists": (
+        len(LISTS).to_bytes(8, "little") + LISTS,
+        r"is no checkpoint: its header has more lists than any network",
+    ),
     "twice": (len(b'{"a":1,"a":1}').to_bytes(8, "little") + b'{"a":1,"a":1}', r"as we write it \(a key twice\)"),
 }
 
