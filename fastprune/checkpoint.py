@@ -39,7 +39,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastprune import models
 from fastprune.errors import CheckpointError
-from fastprune.nn import BatchNormAct2d, Gate, SigmoidBatchNorm2d
+from fastprune.nn import BatchNormAct2d, Gate, MaskedConv2d, SigmoidBatchNorm2d
 from fastprune.nn.convert import convert_plain
 from fastprune.surgery import NUMBER, Plan, first_shapes, keep_lists, number, shrink
 from fastprune.version import __version__
@@ -315,8 +315,7 @@ def read(path: str | os.PathLike) -> dict[str, Any]:
         ``bounded``, norms with scale sigmoid(weight); ``tensors``, name to ``{"dtype", "shape", "sha256"}``;
         ``shared``, name to the name of the tensor it is tied to; ``keep``, name to ``{"shape", "dims"}``: the shape
         before pruning and, by dimension, what is left as ``[start, stop, start, stop, ...]``; ``numbers``, of integers
-        in modules that count channels, ``{"value", "keep"}`` likewise; ``method``, ``recipe``,
-        ``extra``.
+        in modules that count channels, ``{"value", "keep"}`` likewise; ``method``, ``recipe``, ``extra``.
 
     Raises:
         CheckpointError: Missing, damaged, or no checkpoint of ours.
@@ -343,8 +342,9 @@ def load(
     Args:
         path: Of the file.  It is opened once; what is checked is what is loaded.
         model_fn: Returns the network as it was before ``compact``, with the conversions it had, for example
-            ``lambda: fp.nn.convert_batchnorm(Net(), bound="sigmoid")`` or ``lambda: fp.fold(Net())``.  None: as
-            recorded by :func:`fastprune.models.create`, in the file's dtype and with its bounded norms.
+            ``lambda: fp.nn.convert_batchnorm(Net(), bound="sigmoid")`` or ``lambda: fp.fold(Net().eval(), x)``.
+            None: as recorded by :func:`fastprune.models.create`, in the file's dtype, with its bounded norms and
+            without those that were folded.
         map_location: Where the network goes; None: it stays where ``model_fn`` made it.
         strict: False: tensors that only the file or only the network has are left out, or left as they are; one warning
             names them.
@@ -361,7 +361,7 @@ def load(
         model = _recreated(document) if model_fn is None else model_fn()
         if not isinstance(model, nn.Module):
             raise ValueError(f"load: expected model_fn to return an nn.Module, got {type(model).__name__}")
-        _fit_norms(model, document, may_rebind=model_fn is None)
+        _fit_modules(model, document, may_rebind=model_fn is None)
         _fit_tensors(model, document, strict)
         stored = header.tensors()
     shrink(model, _plan(model, document), None)
@@ -370,6 +370,9 @@ def load(
         new, t = stored.pop(name), named[name]
         order = document["tensors"][name].get("order", range(new.dim()))
         t.data = torch.empty_permuted(new.shape, tuple(order), dtype=new.dtype, device=t.device).copy_(new)
+    for m in model.modules():
+        if isinstance(m, MaskedConv2d):
+            m._look_up()
     if document["architecture"] is not None:
         model._architecture = document["architecture"]
     return model if map_location is None else model.to(map_location)
@@ -429,12 +432,12 @@ class _Header:
         try:
             tensors = safetensors.load(self.start + data)
         except (SafetensorError, ValueError, KeyError, AssertionError, RuntimeError) as e:
-            raise _Bad(f"is damaged: safetensors says {e}") from e
+            raise _Bad(f"is damaged: safetensors says {str(e).partition(chr(10))[0][:200]}") from e
         for name, about in self.document["tensors"].items():
             t = tensors[name]
             if t.dtype != _DTYPES[about["dtype"]] or list(t.shape) != about["shape"]:
-                raise _Bad(f"is damaged: {name!r} is not of the dtype and shape that its document says")
-            _check_hash(_bytes_of(t), about["sha256"], f"tensor {name!r}")
+                raise _Bad(f"is damaged: {name!r:.200} is not of the dtype and shape that its document says")
+            _check_hash(_bytes_of(t), about["sha256"], f"tensor {name!r:.200}")
         return tensors
 
 
@@ -473,7 +476,9 @@ def _document(text: str) -> dict[str, Any]:
     document = _parse(text)
     version = document.get("format")
     if type(version) is int and version > FORMAT:
-        raise _Bad(f"has format {version}, and fastprune {__version__} reads up to format {FORMAT}; update fastprune")
+        raise _Bad(
+            f"has format {version % 10**9}, and fastprune {__version__} reads up to format {FORMAT}; update fastprune"
+        )
     parts = re.fullmatch(r'\{"sha256":"([0-9a-f]{64})",(.*)', text, re.DOTALL)
     if parts is None:
         raise _Bad("is damaged: its document does not begin with a SHA-256")
@@ -541,7 +546,7 @@ def _check(document: dict[str, Any], entries: dict[str, Any], size: int) -> None
 
 def _expect(true: Any, what: str) -> None:
     if not true:
-        raise _Bad(f"is damaged: its document is not as we write it ({what})")
+        raise _Bad(f"is damaged: its document is not as we write it ({what[:200]})")
 
 
 def _are_ints(values: Any) -> bool:
@@ -549,7 +554,7 @@ def _are_ints(values: Any) -> bool:
 
 
 def _is_shape(values: Any) -> bool:
-    return _are_ints(values) and len(values) <= MOST_DEPTH
+    return _are_ints(values) and len(values) <= MOST_DEPTH and math.prod(values) < 1 << 63
 
 
 # Building -------------------------------------------------------------------------------------------------------------
@@ -607,7 +612,7 @@ class _Allowance(TorchDispatchMode):
         shapes = [a.shape for a in args if isinstance(a, Tensor)]
         if not shapes:  # makes a new one
             sizes = [a if isinstance(a, (list, tuple)) else [a] for a in args]
-            self.elements -= max((math.prod(a) for a in sizes if all(type(n) is int for n in a)), default=0)
+            self.elements -= max((math.prod(a) for a in sizes if all(isinstance(n, Real) for n in a)), default=0)
         elif len(shapes) > 1 and math.prod(map(max, zip_longest(*(s[::-1] for s in shapes), fillvalue=1))) > self.most:
             self.elements = -1  # by broadcasting
         self.calls -= 1
@@ -616,8 +621,8 @@ class _Allowance(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def _fit_norms(model: nn.Module, document: dict[str, Any], may_rebind: bool) -> None:
-    """Have the same norms bounded as the file, and shifts where it has some.
+def _fit_modules(model: nn.Module, document: dict[str, Any], may_rebind: bool) -> None:
+    """Have the same norms bounded as the file, and shifts and masks where it has some.
 
     With ``model_fn`` a difference is an error: it would change the function without a trace in names or shapes.
     """
@@ -637,6 +642,12 @@ def _fit_norms(model: nn.Module, document: dict[str, Any], may_rebind: bool) -> 
             m.__class__ = nn.BatchNorm2d
             vars(m).pop("bound", None)
             m.bias = nn.Parameter(torch.zeros_like(m.weight))
+    for name, m in modules.items():  # masks that are set are part of the state
+        if isinstance(m, MaskedConv2d):
+            masks = {"in_mask": (m.in_channels,), "out_mask": (m.out_channels,), "weight_mask": m.weight.shape}
+            for leaf, shape in masks.items():
+                if m._buffers[leaf] is None and (f"{name}.{leaf}" if name else leaf) in stored:
+                    m._buffers[leaf] = torch.zeros(shape, dtype=torch.bool, device=m.weight.device)
     for name in bounded:  # a trained shift survives the conversion, a fresh network has none
         if modules[name].bias is None and f"{name}.bias" in stored:
             modules[name].bias = nn.Parameter(torch.zeros_like(modules[name].weight))

@@ -109,6 +109,7 @@ def assert_same(a, b, size=16):
         assert torch.equal(a.eval()(x), b.eval()(x))
 
 
+X = torch.ones(2, 3, 16, 16)
 ROUND_TRIPS = {
     "by_name": (lambda: small(models.create("resnet20")), None),
     "by_name_bounded": (lambda: small(models.create("vgg-small", in_channels=3, bound="sigmoid")), None),
@@ -118,6 +119,11 @@ ROUND_TRIPS = {
     "by_name_half": (lambda: small(models.create("resnet20")).bfloat16(), None),
     "by_name_torchvision": (lambda: small(models.create("mobilenet_v3_small"), size=32), None),
     "by_name_whole": (lambda: models.create("lenet-taylor", in_channels=3, image_size=16), None),
+    "by_name_plain": (
+        lambda: fp.to_plain(small(models.create("vgg-small", in_channels=3, bound="sigmoid")), X), None,
+    ),
+    "by_name_folded": (lambda: fp.fold(small(models.create("resnet20")), X), None),
+    "model_fn_folded": (lambda: fp.fold(small(make_odd()), X), lambda: fp.fold(make_odd().eval(), X)),
     "model_fn": (lambda: small(make_odd()), make_odd),
     "model_fn_twice": (lambda: small(make_odd(), times=2), make_odd),
     "model_fn_numbers": (lambda: small(fuzz.Splits(3)), lambda: fuzz.Splits(3)),
@@ -144,7 +150,7 @@ def test_round_trip(make, model_fn, tmp_path):
     random_state = torch.get_rng_state()
     loaded = fp.load(path, model_fn)
     assert model_fn is not None or torch.equal(random_state, torch.get_rng_state())
-    assert loaded.training
+    assert loaded.training == (model_fn is None or model_fn().training)
     size = 32 if len(keep_lists(model)) > 200 else 16
     assert_same(model, loaded, size)
     fp.save(loaded, again, recipe={"epochs": 3})
@@ -255,6 +261,19 @@ def test_norms_and_gates_that_are_gone_are_left_out_of_a_recorded_network(tmp_pa
     model.gate1 = nn.Identity()
     fp.save(model, tmp_path / "x")
     assert_same(model, fp.load(tmp_path / "x"))
+
+
+def test_masks_of_weights_come_back(tmp_path):
+    def make():
+        return nn.Sequential(fp.nn.MaskedConv2d(3, 8, 3), nn.ReLU(), fp.nn.MaskedConv2d(8, 4, 3))
+
+    model = make()
+    model[2].weight_mask = torch.rand(4, 8, 3, 3) > 0.5
+    model[0].out_mask = torch.arange(8) != 3
+    fp.save(small(model), tmp_path / "x")
+    loaded = fp.load(tmp_path / "x", make)
+    assert_same(model, loaded)
+    assert loaded[2].weight_mask.shape == (4, 4, 3, 3) and loaded[2]._live == model[2]._live
 
 
 def test_a_network_that_was_cut_while_it_trained(tmp_path):
@@ -371,6 +390,7 @@ FORGED = [
     (set_key("architecture", "arguments", "checkpoint_path", value="x"), r"has arguments for its network"),
     (set_key("architecture", "arguments", "pretrained", value=True), r"has arguments for its network"),
     (set_key("architecture", "arguments", "in_channels", value="__import__('os')"), r"has arguments for its network"),
+    (set_key("architecture", "arguments", "in_channels", value=10**400), r"has arguments for its network"),
     (set_key("architecture", "arguments", "in_channels", value=10**9), r"MemoryError: it is larger than the file says"),
     (set_key("bounded", value=["bn1", "x"]), r"has a norm 'x' with scale sigmoid\(weight\), and the network none"),
     (set_key("lists", 0, value=[5, 3]), r"is damaged: its document is not as we write it \(has no proper 'lists'\)"),

@@ -70,7 +70,9 @@ def _is_value(value: Any) -> bool:
         return all(map(_is_value, value))
     if isinstance(value, str):
         return re.fullmatch(r"[\w.+-]{0,64}", value, re.ASCII) is not None
-    return value is None or (type(value) in (bool, int, float) and math.isfinite(value))
+    if type(value) is int:
+        return abs(value) < 1 << 63
+    return value is None or type(value) is bool or (type(value) is float and math.isfinite(value))
 
 
 def _is_about_weights(argument: str) -> bool:
