@@ -680,11 +680,11 @@ def test_the_latency_bench_runs_and_writes_its_page(tmp_path, monkeypatch):
         torch.set_num_threads(threads)
     rows = {(row["case"]["batch"], row["impl"]): row for row in table.latest([tmp_path / "latency.jsonl"])}
     impls = [f"{impl}{fold}" for fold in ("", "-folded") for impl in ("dense", "half", "half-16")]
-    assert set(rows) == {(batch, impl) for batch in (1, 2) for impl in impls}
+    assert set(rows) == {(1, impl) for impl in impls} | {(2, impl) for impl in impls[:3]}
     dense = rows[1, "dense"]["metrics"]
     for impl in ("half", "half-16", "half-folded"):
         assert 0.35 * dense["mmacs"] < rows[1, impl]["metrics"]["mmacs"] <= 0.5 * dense["mmacs"] + 0.1
-    assert rows[2, "half-folded"]["speedup"].keys() == {"dense-folded"} and "layers" not in rows[2, "half"]
+    assert rows[1, "half-folded"]["speedup"].keys() == {"dense-folded"} and "layers" not in rows[2, "half"]
     assert rows[1, "half"]["layers"].keys() == {"Conv2d", "BatchNorm2d", "Linear", "all else"}
     text = (tmp_path / "page.md").read_text()
     assert text.count("| resnet50 | 1 | channels_last |") >= 3 and "NOT VERIFIED" in text

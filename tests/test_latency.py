@@ -180,3 +180,18 @@ def test_the_real_clock_runs(monkeypatch):
     watch = Stopwatch(torch.device("cpu"))
     (samples,) = interleaved(watch, [lambda: torch.ones(1000).sum()], 5)
     assert len(samples) == 5 and statistics.median(samples) > 0
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_gpu_is_timed_by_events(monkeypatch):
+    monkeypatch.undo()
+    dense, x = conv_net(32, 64).cuda(), X.cuda()
+    small = fp.compact(copy.deepcopy(dense), {"0": torch.arange(32) < 16}, x)
+    report = fp.latency(small, x, compare=dense, repeats=5)
+    assert report.device.startswith("cuda") and min(report.ms, report.before_ms) > 0
+    assert all(row["after"]["ms"] > 0 for row in report.rows if row["name"] != REST)
+    # made where the model is, measured where the inputs are
+    method = fp.create("l1", dense.cpu(), X, target_latency_ms=1e9, latency_inputs=x)
+    assert all(mask.all() for mask in method.keep_masks().values()) and len(method.budget.measured) == 2
+    assert next(dense.parameters()).device.type == "cpu"

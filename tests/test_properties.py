@@ -18,7 +18,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fastprune import nn as fpnn
+from fastprune.budget import Costs, uses
 from fastprune.compact import compact
+from fastprune.flops import flops
 from fastprune.graph import ChannelGraph, trace
 from fastprune.surgery import leaves
 
@@ -441,9 +443,10 @@ def test_small_equals_masked(data):
 @given(st.data())
 @examples(50)
 def test_twice_is_once(data):
-    """Cutting twice is cutting once with both masks, and a new trace finds what ``graph.after`` says."""
+    """Cutting twice is cutting once with both masks, costs what the graph says, and is found by a new trace."""
     model = data.draw(networks())
     graph = traced(model, X)
+    costs = Costs(graph, model, uses(graph, model, X))
     first = data.draw(keeps(graph))
     after = graph.after(first)
     second = data.draw(keeps(after))
@@ -451,6 +454,8 @@ def test_twice_is_once(data):
     for name, mask in second.items():
         both[name][both[name].clone()] = mask
     once = compact(copy.deepcopy(model), both, X, graph=graph)
+    counted = flops(once, X)
+    assert costs.of(both) == {"macs": counted["macs"], "params": counted["params"]}
     compact(model, first, X, graph=graph)
     again = traced(model, X)
     shared = {name: g for name, g in after.groups.items() if g.size > 1}

@@ -2,12 +2,12 @@
 
     dense               the network of torchvision, untrained, norms with random statistics
     half, half-16       fp.create("l1", coupled=True, target_macs=0.5), with round_to=16; the same share of every layer
-    *-folded            each after fp.fold, dense too
+    *-folded            each after fp.fold, dense too; of single images only, unless --fold all
 
 Before anything is timed, each pruned network must compute what the masked one does, and each folded one what it was.
 `layers` of a row sums what fp.latency gives for each kind of layer, for single images and without folding.
 
-    python -m bench.e2e.latency && python -m bench.e2e.latency --threads 2 --no-fold
+    python -m bench.e2e.latency && python -m bench.e2e.latency --threads 2 --fold none
 
 `--render` only writes docs/results/latency.md again, from all rows.
 """
@@ -78,7 +78,7 @@ def by_kind(report: Any, dense: nn.Module) -> dict[str, list[float]]:
 
 def bench(args: argparse.Namespace, net: str) -> list[dict]:
     dense, image = setup(net), torch.randn(1, 3, args.size, args.size)
-    models = contestants(dense, image, not args.no_fold)
+    models = contestants(dense, image, args.fold != "none")
     counts = {impl: fp.flops(m, image) for impl, m in models.items()}
     found = []
     for layout in args.layouts:
@@ -86,8 +86,9 @@ def bench(args: argparse.Namespace, net: str) -> list[dict]:
             m.to(args.device, memory_format=LAYOUTS[layout])
         for batch in args.batches:
             x = torch.randn(batch, 3, args.size, args.size, device=args.device).to(memory_format=LAYOUTS[layout])
+            folded = batch == 1 or args.fold == "all"
             with torch.no_grad():
-                calls = {impl: partial(m, x) for impl, m in models.items()}
+                calls = {impl: partial(m, x) for impl, m in models.items() if folded or impl in ("dense", *ROUND_TO)}
                 samples = harness.interleave(calls, rounds=args.rounds, sample_s=0.05, clock=harness.clock_for(args))
             case = {"net": net, "batch": batch, "layout": layout, "size": args.size}
             case |= harness.setting(args, "tuned" if args.tuned else "default")
@@ -192,7 +193,7 @@ def main() -> None:
     p.add_argument("--batches", nargs="+", type=int, default=[1, 32])
     p.add_argument("--layouts", nargs="+", choices=LAYOUTS, default=list(LAYOUTS))
     p.add_argument("--size", type=int, default=224, help="of the images")
-    p.add_argument("--no-fold", action="store_true", help="leave the folded networks out")
+    p.add_argument("--fold", choices=("one", "all", "none"), default="one", help="which batches also run folded")
     p.add_argument("--tuned", action="store_true", help="after fastprune.tune_cpu_memory(), all of them")
     p.add_argument("--render", action="store_true", help="only write the page again, from all rows")
     p.add_argument("--page", type=Path, default=PAGE)
