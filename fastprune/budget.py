@@ -301,6 +301,7 @@ class Budget:
 
         smallest = self._smallest(ranking, allowed)
         if not meets(smallest):
+            self._agreed(math.nan)  # or others would wait for this process
             best = min(entry["ms"] for entry in self.measured)
             raise ValueError(
                 f"budget: target_latency_ms={self.latency_ms:g} cannot be reached: the smallest network that min_keep, "
@@ -325,8 +326,10 @@ class Budget:
     def _agreed(self, macs: float) -> float:
         """The mean of all processes: their clocks differ, their masks must not."""
         device = next(self.model.parameters()).device
-        dtype = torch.float32 if device.type == "mps" else torch.float64
-        return float(mean_over_processes(torch.tensor(float(macs), dtype=dtype, device=device)))
+        agreed = float(mean_over_processes(torch.tensor(float(macs), dtype=torch.float64, device=device)))
+        if math.isnan(agreed) and not math.isnan(macs):
+            raise ValueError(f"budget: target_latency_ms={self.latency_ms:g} cannot be reached in another process")
+        return agreed
 
 
 def keep_masks(
@@ -368,6 +371,11 @@ def keep_masks(
         graph, model, example_inputs, target_macs=target_macs, target_params=target_params,
         target_latency_ms=target_latency_ms, latency_inputs=latency_inputs,
     )  # fmt: skip
+    for name, score in scores.items():
+        size = graph.groups[name].size if name in graph.groups else score.numel()
+        if score.shape != (size,) or not score.is_floating_point():
+            got = f"{score.dtype} {tuple(score.shape)}"
+            raise ValueError(f"keep_masks: expected floating scores of shape ({size},) for {name}, got {got}")
     graph.check_keep({name: torch.ones_like(score, dtype=torch.bool) for name, score in scores.items()})
     values = {name: score.detach().double().cpu().numpy() for name, score in scores.items()}
     ranking = Ranking(values, scope)

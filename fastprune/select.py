@@ -243,7 +243,9 @@ class Ranking:
 
     def masks(self, widths: np.ndarray) -> dict[str, np.ndarray]:
         """The same by group."""
-        return dict(zip(self.names, np.split(self.stays(widths), self._start[1:]), strict=True))
+        ends = self._start + self.sizes
+        stays = self.stays(widths)
+        return {name: stays[a:b] for name, a, b in zip(self.names, self._start, ends, strict=True)}
 
     def largest(self, limits: Limits, fits: Callable[[np.ndarray], bool]) -> np.ndarray | None:
         """Widths of the largest network that fits: as few channels go, in order, as must; None if none fits.

@@ -303,6 +303,12 @@ def test_targets_that_make_no_sense():
         keep_masks(scores, graph, net, X, target_macs=0.5, latency_inputs=X)
     with pytest.raises(ValueError, match="unknown group 'fist'"):
         keep_masks({"fist": torch.rand(8)}, graph, net, X, target_macs=0.5)
+    for bad in (torch.rand(9), torch.rand(8, 1), torch.ones(8, dtype=torch.int64)):
+        with pytest.raises(ValueError, match=r"expected floating scores of shape \(8,\) for first, got"):
+            keep_masks({"first": bad}, graph, net, X, target_macs=0.5)
+    assert keep_masks({}, graph, net, X, target_macs=1.0) == {}
+    with pytest.raises(ValueError, match="the smallest network"):
+        keep_masks({}, graph, net, X, target_macs=0.9)
     with pytest.raises(ValueError, match="NaN scores in first"):
         keep_masks(scores | {"first": torch.full((8,), torch.nan)}, graph, net, X, target_macs=0.5)
     with pytest.raises(ValueError, match="unknown scope 'globl'; did you mean 'global'"):
