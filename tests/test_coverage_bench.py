@@ -109,6 +109,8 @@ def test_what_is_no_selection_is_refused(net):
     for part in ({"bias": whole["head.bias"]}, whole | {"head.bias": 2 * whole["head.bias"][:5]}):
         with pytest.raises(ValueError, match=r"came or went|head.bias \(5,\) is no selection"):
             coverage.kept_indices(whole, part)
+    long = torch.randint(1, 1_000_000, (4, 50_000), generator=torch.Generator().manual_seed(0)).float()  # full of twins
+    assert coverage._selection("long", long, long[[0, 2]][:, :400])[1].tolist() == list(range(400))
     mixed = copy.deepcopy(whole["stem.weight"].detach())[:4]
     mixed[0, 0] = mixed[1, 0].clone()  # a slice of another row
     with pytest.raises(ValueError, match=r"stem.weight \(4, 3, 3, 3\) is no selection from \(12, 3, 3, 3\)"):
