@@ -352,11 +352,19 @@ def _channel_gate(tracer: Tracer, call: Call) -> None:
 
 
 def _group_norm(tracer: Tracer, call: Call) -> None:
+    """Groups go as a whole; of channels in one group none can, for their statistics are the group's."""
     x, weight, bias, groups = (call.arg(n) for n in ("input", "weight", "bias", "group"))
     _norm_parameters(tracer, x, [weight, bias], None)
-    if groups < x.shape[1]:
-        tracer.freeze(tracer.axes(x).get(1), "group norm averages over it")
-    tracer.label(call.outs[0], tracer.axes(x))
+    labels = tracer.axes(x).get(1)
+    if labels is not None and groups < len(labels):
+        by_group = labels.view(groups, -1)
+        is_layer = weight is not None and isinstance(tracer.running[-1][1], nn.GroupNorm)  # which surgery keeps right
+        if groups > 1 and (is_layer or tracer.counts(by_group[:, 0])):
+            tracer.equal(by_group, by_group[:, :1])
+        else:
+            tracer.freeze(labels, "group norm averages over it")
+    zero = all(t is not None and tracer.zero(t) for t in (weight, bias)) and tracer.axes(x).keys() == {1}
+    tracer.label(call.outs[0], tracer.axes(x), zero=zero)
 
 
 def _layer_norm(tracer: Tracer, call: Call) -> None:

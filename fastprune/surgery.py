@@ -395,8 +395,8 @@ def _resize(m: nn.Module, dims_of: dict[int, dict[int, Tensor]]) -> None:
         m.num_embeddings, m.embedding_dim = _weight(m).shape
     elif isinstance(m, nn.modules.batchnorm._NormBase):
         m.num_features = len(m.running_mean if m.running_mean is not None else m.weight)
-    elif isinstance(m, nn.GroupNorm):  # only instance norms, one group per channel, are ever cut
-        m.num_channels = m.num_groups = len(m.weight)
+    elif isinstance(m, nn.GroupNorm):  # the graph removes whole groups
+        m.num_groups, m.num_channels = m.num_groups * len(m.weight) // m.num_channels, len(m.weight)
     elif isinstance(m, nn.PReLU):
         m.num_parameters = len(m.weight)
 

@@ -201,6 +201,11 @@ def group_norm_of_one_channel_each():
 
 
 @pattern
+def group_norm_of_several_channels_each():
+    return Net(nn.Sequential(nn.Conv2d(8, 12, 3), nn.GroupNorm(6, 12), nn.ReLU(), nn.Conv2d(12, 7, 1)), 7)
+
+
+@pattern
 def masked_weight():
     def run(m, x):
         return m.out(F.conv2d(x, m.conv.weight * m.conv.weight.detach().abs().gt(0.01), m.conv.bias, padding=1))

@@ -374,6 +374,14 @@ def test_code_that_compares_widths_of_two_groups_freezes_them():
     compact(net, uneven_keep(graph), X)
 
 
+def test_group_norms_lose_whole_groups():
+    model = PATTERNS["group_norm_of_several_channels_each"]()
+    assert trace(model, X).groups["middle.0"].size == 6
+    compact(model, {"middle.0": torch.arange(6) % 3 > 0}, X)
+    assert (model.middle[1].num_groups, model.middle[1].num_channels) == (4, 8)
+    assert trace(model, X).groups["middle.0"].size == 4
+
+
 def test_standardised_weights_lose_rows_only():
     graph = trace(PATTERNS["standardised_rows"](), X)
     assert set(graph.groups) == {"first", "middle.1", "middle.3"}
