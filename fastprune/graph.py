@@ -325,7 +325,8 @@ def trace(model: nn.Module, example_inputs: Any, *, strict: bool | None = None) 
     refused: set[type] = {nn.MultiheadAttention}  # widths and heads are written into it
     sealed: set[type] = set()
     tracer, graph, idle = _trace(model, example_inputs, bool(strict), refused, sealed)
-    doubtful = strict is None and bool(tracer.assumed)
+    assumed = torch.cat([torch.empty(0, dtype=torch.int64), *tracer.doubtful]).numpy()
+    doubtful = strict is None and bool((graph.channel_of[assumed] >= 0).any())  # what is frozen anyway needs no proof
     while doubtful and (where := _fails_in(model, graph, example_inputs)) is not None:
         suspects = _suspects(tracer, where)
         refused |= suspects

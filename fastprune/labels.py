@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fastprune.surgery import NUMBER
+from fastprune.surgery import NUMBER, SIZED, SIZES
 
 
 class Row(NamedTuple):
@@ -147,6 +147,7 @@ class Tracer(TorchDispatchMode):
         self.running: list[tuple[str, nn.Module]] = []  # the modules now in their forward, outermost first
         self.entered: dict[str, int] = {}  # module -> how many had been entered when it first was
         self.assumed: dict[str, tuple[type, int]] = {}  # module of whose code something is assumed -> class, the same
+        self.doubtful: list[Tensor] = []  # labels of which something is assumed
         self.numbers: dict[str, Tensor] = {}  # name of an integer in a module -> labels
         self.unknown: dict[str, str] = {}  # op -> what is the matter with it
 
@@ -263,9 +264,10 @@ class Tracer(TorchDispatchMode):
             self.freeze(found[0], why or "it meets the model's input or a constant of fixed size")
         return found[0]
 
-    def assume(self) -> bool:
+    def assume(self, labels: Tensor) -> bool:
         """Whether something may be assumed of the code that runs: that a size in it is taken from the tensor or from
-        an integer of its module, or that no factor in it depends on the number of channels.
+        an integer of its module, or that no factor in it depends on the number of channels.  ``labels`` are those
+        that can only be removed if it is true.
 
         What is assumed is proved before anybody relies on it; see :func:`fastprune.graph.trace`.
         """
@@ -273,6 +275,7 @@ class Tracer(TorchDispatchMode):
         if self.strict or type(module) in self.refused:
             return False
         self.assumed.setdefault(path, (type(module), len(self.entered)))
+        self.doubtful.append(labels.reshape(-1))
         return True
 
     def counts(self, labels: Tensor) -> bool:
@@ -284,7 +287,9 @@ class Tracer(TorchDispatchMode):
         names = list(_integers(module, len(labels))) if module is not None and len(labels) > 1 else []
         read = _read_by_running_code(module) if names else ()
         names = [name for name in names if name.partition("[")[0] in read]
-        if not names or not self.assume():
+        if isinstance(module, SIZED) and not SIZES.isdisjoint(names):
+            return True  # surgery keeps it right
+        if not names or not self.assume(labels):
             return False
         for name in (f"{path}.{name}" if path else name for name in names):
             if name not in self.numbers:
@@ -372,7 +377,7 @@ class Tracer(TorchDispatchMode):
         for d in varying:
             if d != kept:
                 first = full.narrow(d, 0, 1)
-                if free is None and not self.assume():
+                if free is None and not self.assume(full):
                     self.freeze(full, "a view takes its channel axis apart, by numbers that may be fixed")
                 else:
                     self.equal(full, first)

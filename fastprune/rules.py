@@ -140,7 +140,7 @@ def _parts(tracer: Tracer, call: Call, labels: Tensor) -> list[Tensor] | None:
     parts = list(labels.split(sizes))
     if call.name == "aten::split":
         # chunk(2) of whatever is left gives equal halves only if the halves lose the same channels
-        if len(set(sizes)) > 1 or not tracer.assume():
+        if len(set(sizes)) > 1 or not tracer.assume(labels):
             return None
         tracer.counts(labels)
         tracer.counts(parts[0])
@@ -197,27 +197,23 @@ def _pad(tracer: Tracer, call: Call) -> None:
     tracer.label(call.out, axes, zero=tracer.zero(x) and not call.arg("value"))
 
 
-def _contract(tracer: Tracer, x: Tensor, x_axis: int, w: Tensor, w_axis: int) -> bool:
-    """A sum over products of ``x`` and ``w``: exact for a masked channel if one of them is exactly zero there.
-
-    Returns: Whether ``w`` was read as a weight.
-    """
+def _contract(tracer: Tracer, x: Tensor, x_axis: int, w: Tensor, w_axis: int) -> None:
+    """A sum over products of ``x`` and ``w``: exact for a masked channel if one of them is exactly zero there."""
     ins, columns = tracer.axes(x).get(x_axis % x.dim()), tracer.axes(w).get(w_axis % w.dim())
-    labels = tracer.tie((x, x_axis), (w, w_axis))
-    if tracer.kind(w) == WEIGHT and (tracer.zero(w) or (tracer.zero(x) and tracer.assume())):
-        tracer.role("consumer", columns)
-        tracer.read(ins)
-        return True
-    if ins is not None and columns is not None:
+    labels, is_weight = tracer.tie((x, x_axis), (w, w_axis)), tracer.kind(w) == WEIGHT
+    if not (is_weight and tracer.zero(w)) and ins is not None and columns is not None:
         if not (tracer.zero(x) or tracer.zero(w)):
-            made = "computed from other weights" if tracer.kind(w) == WEIGHT else "an activation itself"
+            made = "computed from other weights" if is_weight else "an activation itself"
             why = f"it is multiplied by something that is {made}, where a removed channel need not be zero"
             tracer.freeze(labels, why)
-        elif not tracer.assume():  # products of queries and keys are scaled by the root of their number
+        elif not tracer.assume(labels):  # products of queries and keys are scaled by the root of their number
             tracer.freeze(labels, "it is summed over in a product of activations that depends on how many there are")
+    if is_weight:
+        tracer.role("consumer", columns)
+        tracer.read(ins)
+    else:
         for mine in (ins, columns):
             tracer.read(mine, "product")
-    return False
 
 
 def _convolution(tracer: Tracer, call: Call) -> None:
@@ -262,7 +258,7 @@ def _grouped(tracer: Tracer, x: Tensor, w: Tensor, bias: Tensor | None, groups: 
         tracer.equal(by_group, ins.view(groups, 1))
         module = tracer.running[-1][1] if tracer.running else None
         is_layer = isinstance(module, nn.modules.conv._ConvNd) and module.groups == groups  # which surgery keeps right
-        if not is_layer and not tracer.counts(ins) and not tracer.assume():
+        if not is_layer and not tracer.counts(ins) and not tracer.assume(ins):
             tracer.freeze(ins, "it is read by a convolution of as many groups, by a number that may be fixed")
         return out
     # The number of groups stays, and all groups must stay equally wide.

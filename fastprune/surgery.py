@@ -22,6 +22,12 @@ COARSE = 1e-4  # the same where a model's code insists on float32
 # tensor name -> dim -> indices that stay; name of an integer in a module -> NUMBER -> indices, as many as it will be
 Plan = dict[str, dict[int, Tensor]]
 NUMBER = -1
+# integers of PyTorch's layers that follow from their tensors, and do so here
+SIZED = (nn.modules.conv._ConvNd, nn.Linear, nn.Embedding, nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.PReLU)
+SIZES = frozenset(
+    "in_channels out_channels groups in_features out_features num_embeddings embedding_dim num_features num_groups "
+    "num_channels num_parameters".split()
+)
 Optimizers = torch.optim.Optimizer | Sequence[torch.optim.Optimizer] | None
 Copies = nn.Module | Sequence[nn.Module] | None
 
