@@ -291,7 +291,8 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
                     m._buffers.update(mine)
                     for b in mine.values():
                         if b is not None:
-                            b.copy_(values[id(b)])
+                            # an observer of quantisation is empty until its first batch
+                            b.resize_(values[id(b)].shape).copy_(values[id(b)])
 
 
 # From labels to groups ----------------------------------------------------------------------------------------------

@@ -359,6 +359,8 @@ def _group_norm(tracer: Tracer, call: Call) -> None:
             tracer.equal(by_group, by_group[:, :1])
         else:
             tracer.freeze(labels, "group norm averages over it")
+    elif labels is not None and weight is None:
+        tracer.counts(labels)  # one group per channel, and no parameter that says how many
     zero = all(t is not None and tracer.zero(t) for t in (weight, bias)) and tracer.axes(x).keys() == {1}
     tracer.label(call.outs[0], tracer.axes(x), zero=zero)
 

@@ -162,7 +162,11 @@ def _shrink(model: nn.Module, plan: Plan, optimizers: list[torch.optim.Optimizer
                 _resize(m, dims_of)
         for m in copies.values():
             for name, value in numbers.items():
+                owner = m.get_submodule(name.rpartition(".")[0])
+                width = owner.num_channels // owner.num_groups if isinstance(owner, nn.GroupNorm) else 0
                 _set_number(m, name, value)
+                if width:  # a group norm without parameters
+                    owner.num_channels = owner.num_groups * width
             for name, dims in whole.items():
                 record_keep(m, name, shapes[name], dims)
         undo.pop_all()

@@ -584,3 +584,23 @@ def test_distributed_models_are_cut_inside_and_wrapped_anew(tmp_path):
         assert not torch.equal(before, model.first.weight)
     finally:
         torch.distributed.destroy_process_group()
+
+
+def test_buffers_that_find_their_size_in_the_first_batch():
+    """As quantisation's observers do: looking at the model leaves them empty."""
+
+    class Observer(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("highest", torch.empty(0))
+
+        def forward(self, x):
+            high = x.detach().amax((0, 2, 3))
+            self.highest.resize_(high.shape).copy_(high)
+            return x
+
+    model, x = Net(nn.Sequential(Observer(), nn.Conv2d(8, 7, 1)), 7), X.float()
+    with pytest.warns(UserWarning, match="aten::resize_ has no rule"):
+        graph = trace(model, x)
+    compact(model, keeps_of(graph), x, graph=graph)
+    assert model.middle[0].highest.shape == (0,) and model.middle[1].out_channels == 3
