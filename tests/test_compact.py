@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -424,3 +425,27 @@ def test_training_goes_on_while_an_earlier_loss_is_alive():
     model.zero_grad()
     model(x).sum().backward()
     assert all(p.grad.shape == p.shape for p in model.parameters()) and loss.isfinite()
+
+
+def test_tokens_and_masks_as_inputs():
+    """Integers and bools stay what they are in the proof's float64 copies; inputs by keyword."""
+
+    class Tokens(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embed, self.first = nn.Embedding(20, 12), nn.Conv1d(12, 10, 3, padding=1)
+            self.bn, self.second, self.fc = nn.BatchNorm1d(10), nn.Conv1d(10, 8, 3), nn.Linear(8, 3)
+
+        def forward(self, tokens, *, live):
+            x = self.embed(tokens).transpose(1, 2) * live[:, None]
+            return self.fc(self.second(self.bn(self.first(x)).relu()).amax(2))
+
+    inputs = {"tokens": torch.randint(20, (4, 9)), "live": torch.rand(4, 9) > 0.2}
+    model = Tokens()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "trace: aten::embedding has no rule")
+        graph = trace(model, inputs)
+    keep = uneven_keep(graph)
+    assert prove(model, graph, keep, inputs) < 1e-12
+    compact(model, keep, inputs, graph=graph)
+    assert (model.first.out_channels, model.second.in_channels, model.fc.in_features) == (5, 5, 4)
