@@ -426,11 +426,11 @@ class _Header:
 
     def tensors(self) -> dict[str, Tensor]:
         """All tensors, compared with their hashes."""
-        data = _bytes(self.file, self.rest + 1)
-        if len(data) != self.rest:
+        data = self.start + _bytes(self.file, self.rest + 1)
+        if len(data) != len(self.start) + self.rest:
             raise _Bad("changed while it was read; try again when nothing writes to it")
         try:
-            tensors = safetensors.load(self.start + data)
+            tensors = safetensors.load(data)
         except (SafetensorError, ValueError, KeyError, AssertionError, RuntimeError) as e:
             raise _Bad(f"is damaged: safetensors says {str(e).partition(chr(10))[0][:200]}") from e
         for name, about in self.document["tensors"].items():

@@ -263,6 +263,18 @@ def test_norms_and_gates_that_are_gone_are_left_out_of_a_recorded_network(tmp_pa
     assert_same(model, fp.load(tmp_path / "x"))
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_devices(tmp_path):
+    model = small(make_odd())
+    fp.save(copy.deepcopy(model).cuda(), tmp_path / "x")
+    loaded = fp.load(tmp_path / "x", make_odd, map_location="cuda")
+    assert all(t.is_cuda for t in loaded.state_dict().values()) and loaded.twin.weight is loaded.fc.weight
+    assert_same(model, loaded.cpu())
+    loaded = fp.load(tmp_path / "x", lambda: make_odd().cuda(), map_location=None)
+    assert all(t.is_cuda for t in loaded.state_dict().values())
+    assert_same(model, fp.load(tmp_path / "x", lambda: make_odd().cuda()))
+
+
 def test_masks_of_weights_come_back(tmp_path):
     def make():
         return nn.Sequential(fp.nn.MaskedConv2d(3, 8, 3), nn.ReLU(), fp.nn.MaskedConv2d(8, 4, 3))
