@@ -19,7 +19,8 @@ from torch import Tensor, nn
 
 from fastprune import backends
 from fastprune.errors import ExportError, did_you_mean
-from fastprune.plain import to_plain
+from fastprune.nn import Gate
+from fastprune.plain import distance, expect_eager, to_plain
 from fastprune.surgery import call, leaves, map_tensors
 
 FORMATS = {"torch.export": ".pt2", "onnx": ".onnx"}
@@ -110,6 +111,7 @@ def export(
         GraphError: The model cannot be made plain.
         ExportError: The exporter fails, a package is missing, or the file is not right.  Nothing was written.
     """
+    expect_eager(model, "export")
     path = Path(path)
     format = _format(path, format, opset)
     args, kwargs = _arguments(model, example_inputs)
@@ -121,7 +123,9 @@ def export(
                 f"export: onnxruntime has no {_listed(unknown)} convolutions on the CPU, so that an ONNX file cannot "
                 "be checked; export a copy in float32, copy.deepcopy(model).float()"
             )
-    plain = to_plain(copy.deepcopy(model).cpu(), map_tensors(Tensor.cpu, example_inputs)).eval()
+    gated = any(isinstance(m, Gate) for m in model.modules())  # to_plain may have to watch where their factors go
+    plain = copy.deepcopy(model).cpu()
+    plain = to_plain(plain, map_tensors(Tensor.cpu, example_inputs) if gated else None).eval()
     args, kwargs = map_tensors(lambda t: t.detach().cpu(), (args, kwargs))
     program = _program(plain, args, kwargs, dynamic_batch)
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as folder:
@@ -230,8 +234,7 @@ def _program(model: nn.Module, args: tuple, kwargs: dict[str, Any], dynamic_batc
 def _dynamic(args: tuple, kwargs: dict[str, Any], dim: Any) -> tuple | dict[str, Any]:
     """``dim`` for each dimension that is the batch, in the structure of the arguments."""
     size = _batch(args, kwargs)
-    shapes = map_tensors(lambda t: {0: dim} if t.dim() and t.shape[0] == size else {}, kwargs or args)
-    return shapes
+    return map_tensors(lambda t: {0: dim} if t.dim() and t.shape[0] == size else {}, kwargs or args)
 
 
 def _write_archive(program: Any, file: Path) -> tuple[dict, dict]:
@@ -336,7 +339,7 @@ def _compared(
             got = run(*some)
         except Exception as e:
             raise ExportError(f"export: the file does not run {where}, {_first_line(e)}") from e
-        off, eager_off = _distance(got, expected), _distance(leaves(_call(eager, some)), expected)
+        off, eager_off = distance(got, expected), distance(leaves(_call(eager, some)), expected)
         bound = max(TOLERANCE, TIMES_EAGER * eager_off)
         if not off <= bound:
             raise ExportError(
@@ -359,15 +362,3 @@ def _noise_like(t: Tensor, generator: torch.Generator) -> Tensor:
     spread, mean = torch.std_mean(t.double())
     noise = torch.randn(t.shape, generator=generator, dtype=torch.float64)
     return (noise * (spread if spread > 0 else 1) + mean).to(t.dtype)
-
-
-def _distance(got: list[Tensor], expected: list[Tensor]) -> float:
-    """Largest difference relative to the largest value of each output; infinite where anything else is amiss."""
-    if [t.shape for t in got] != [t.shape for t in expected]:
-        return float("inf")
-    worst = 0.0
-    for a, b in zip(got, expected, strict=True):
-        if b.numel():
-            off = float((a.double() - b.double()).abs().max())
-            worst = max(worst, off / max(float(b.double().abs().max()), 1e-300) if off == off else float("inf"))
-    return worst

@@ -72,7 +72,7 @@ def to_plain(model: nn.Module, example_inputs: Any = None) -> nn.Module:
         ValueError: The model is compiled or distributed, or gates need ``example_inputs``.
         GraphError: Something cannot be made plain (it is named), or the proof fails.  Nothing was changed.
     """
-    _expect_eager(model, "to_plain")
+    expect_eager(model, "to_plain")
     return _make_plain(model, _plan(model, example_inputs))
 
 
@@ -103,7 +103,7 @@ def fold(model: nn.Module, example_inputs: Any) -> nn.Module:
     Warns:
         UserWarning: Once, naming the norms that stay and why.
     """
-    _expect_eager(model, "fold")
+    expect_eager(model, "fold")
     if model.training:
         raise ValueError(
             "fold: expected a model in eval mode, got one in training mode; folded norms cannot be trained. "
@@ -132,7 +132,7 @@ class _Plan:
     gates: dict[str, str | None]  # gate to the layer that takes its factors; None: all are 1
 
 
-def _expect_eager(model: nn.Module, function: str) -> None:
+def expect_eager(model: nn.Module, function: str) -> None:
     if hasattr(model, "_orig_mod"):
         raise ValueError(f"{function}: expected an eager module, got the result of torch.compile; use its ._orig_mod")
     if isinstance(model, nn.parallel.DistributedDataParallel):
@@ -154,7 +154,7 @@ def _plan(model: nn.Module, example_inputs: Any) -> _Plan:
     trial = _make_plain(copy.deepcopy(reference), _Plan(plan.tails, {}))
     plan.gates.update(_find_gates(trial, telling, example_inputs))
     trial = _make_plain(trial, _Plan({}, plan.gates))
-    gap = _distance(_outputs(trial, example_inputs, "to_plain"), _outputs(reference, example_inputs, "to_plain"))
+    gap = distance(_outputs(trial, example_inputs, "to_plain"), _outputs(reference, example_inputs, "to_plain"))
     if not gap <= TOLERANCE:
         raise GraphError(f"to_plain: the plain model computes something else (relative difference {gap:.1e})")
     return plan
@@ -346,7 +346,7 @@ class _Watch(TorchDispatchMode):
         self.names = {m: name for name, m in model.named_modules()}
         self.modules = {name: m for m, name in self.names.items()}
         self.made: dict[int, _Made] = {}
-        self.fed: dict[str, list[int]] = {}  # norm -> storages of its inputs
+        self.fed: dict[str, list[_Made | None]] = {}  # norm -> whose output it got; a storage may be used again
         self.reads: Counter[int] = Counter()  # of parameters' and buffers' storages, views aside
         self.state = {_storage(t) for m in self.names for t in _own_tensors(m)}
         self.running: list[str] = [""]
@@ -362,7 +362,7 @@ class _Watch(TorchDispatchMode):
                 self.reads[key] += 1
         m = self.modules.get(name)
         if isinstance(m, _BatchNorm) and "batch_norm" in op:
-            self.fed.setdefault(name, []).append(_storage(args[0]))
+            self.fed.setdefault(name, []).append(self.made.get(_storage(args[0])))
             self._note(name, m, keys, leaves(out)[0])
         elif isinstance(m, _ConvNd | nn.Linear) and op in ("convolution", "addmm", "mm"):
             self._note(name, m, keys, out)
@@ -491,7 +491,7 @@ def _layer_before(
         return None, f"ran {len(inputs)} times" if inputs else "did not run"
     if norm.training or norm.running_mean is None or norm.running_var is None:
         return None, "uses the batch's statistics"
-    made = watch.made.get(inputs[0])
+    made = inputs[0]
     layer = watch.modules[made.layer] if made else None
     if not isinstance(layer, _ConvNd | nn.Linear):
         return None, "reads no layer's output"
@@ -518,7 +518,7 @@ def _proven(model: nn.Module, folds: _Folds, example_inputs: Any) -> _Folds:
         trial = copy.deepcopy(model)
         _fold(trial, into)
         try:
-            return _distance(_outputs(trial, example_inputs, "fold", folds.into), expected)
+            return distance(_outputs(trial, example_inputs, "fold", folds.into), expected)
         except GraphError:  # the code around a norm needs it to be one
             return float("inf")
 
@@ -629,13 +629,13 @@ def _stir(norm: _BatchNorm, generator: torch.Generator) -> None:
                 p.add_(0.3 * noise(p))
 
 
-def _distance(got: list[Tensor], expected: list[Tensor]) -> float:
-    """Largest difference of any tensor, relative to its largest value; infinite if shapes differ."""
+def distance(got: list[Tensor], expected: list[Tensor]) -> float:
+    """Largest difference relative to the largest value, of any tensor; infinite where anything else is amiss."""
     if [t.shape for t in got] != [t.shape for t in expected]:
         return float("inf")
-    gaps = [
-        float((a.double() - b.double()).abs().max()) / max(float(b.double().abs().max()), 1e-300)
-        for a, b in zip(got, expected, strict=True)
-        if b.numel()
-    ]
-    return max(gaps, default=0.0)
+    worst = 0.0
+    for a, b in zip(got, expected, strict=True):
+        if b.numel():
+            gap = float((a.double() - b.double()).abs().max())
+            worst = max(worst, gap / max(float(b.double().abs().max()), 1e-300) if gap == gap else float("inf"))
+    return worst
