@@ -131,6 +131,10 @@ def measure(net: str) -> dict[str, Any]:
     return row
 
 
+def small_number(x: float) -> str:
+    return f"{x:.0e}" if x else "0"
+
+
 def page(results: dict[str, Any]) -> str:
     rows, facts = sorted(results["rows"], key=lambda row: [*NETS].index(row["net"])), results["provenance"]
     text = [
@@ -139,7 +143,8 @@ def page(results: dict[str, Any]) -> str:
         "Written by `python -m bench.e2e.export`, whose first lines say what is done and measured; all numbers are in",
         "[export.json](export.json). Differences are relative to the largest output: `plain` and `fold` in float64,",
         "files in float32 against the float64 network, in brackets what PyTorch eager in float32 is off. A file may be",
-        f"off by {TOLERANCE:g} or {TIMES_EAGER} times eager. MB: whole → pruned.",
+        f"off by {TOLERANCE:g} or {TIMES_EAGER} times eager. 0: the same operators ran on the same numbers.",
+        "MB: whole → pruned.",
         "",
         f"{facts['device']}, torch {facts['torch']}, onnx {facts['onnx']}, onnxruntime {facts['onnxruntime']}; "
         f"{facts['date'][:10]}.",
@@ -153,11 +158,11 @@ def page(results: dict[str, Any]) -> str:
             text.append(f"{head} {row['error']} | | | | | | | |")
             continue
         whole, small = (n / 1e6 for n in row["parameters"])
-        cells = [f"{whole:.2f} → {small:.2f}", f"{row['plain']:.0e}", f"{row['folded']} of {row['norms']}"]
-        cells.append(f"{row['fold']:.0e}")
+        cells = [f"{whole:.2f} → {small:.2f}", small_number(row["plain"]), f"{row['folded']} of {row['norms']}"]
+        cells.append(small_number(row["fold"]))
         for suffix in (".pt2", ".onnx"):
             file = row[suffix]
-            cells.append(f"{file['difference']:.0e} ({file['eager']:.0e})")
+            cells.append(f"{small_number(file['difference'])} ({small_number(file['eager'])})")
             cells.append(" → ".join(f"{n / 1e6:.2f}" for n in file["bytes"]))
         text.append(f"{head} {' | '.join(cells)} |")
     good = [row for row in rows if "error" not in row]
