@@ -141,16 +141,19 @@ def expect_eager(model: nn.Module, function: str) -> None:
 
 def _plan(model: nn.Module, example_inputs: Any) -> _Plan:
     _refuse(model)
-    plan = _Plan(_tails(model), {name: None for name, m in model.named_modules() if isinstance(m, Gate)})
-    telling = [name for name in plan.gates if (model.get_submodule(name).weight != 1).any()]
+    gates: dict[str, str | None] = {name: None for name, m in model.named_modules() if isinstance(m, Gate)}
+    telling = [name for name in gates if (model.get_submodule(name).weight != 1).any()]
     if telling and example_inputs is None:
         raise ValueError(
             f"to_plain: expected example_inputs, because {telling[0]!r} holds other factors than 1, which go into the "
             "layer before it"
         )
+    calls = _traced_calls(model)
     if example_inputs is None or not any(isinstance(m, (*_OURS, _Fused)) for m in model.modules()):
-        return plan
+        return _Plan(_tails(model, calls), gates)
     reference = _float64(_copied(model, "to_plain"), "to_plain").eval()
+    calls += _watched_calls(unfuse(copy.deepcopy(reference)), example_inputs)
+    plan = _Plan(_tails(model, calls), gates)
     trial = _make_plain(copy.deepcopy(reference), _Plan(plan.tails, {}))
     plan.gates.update(_find_gates(trial, telling, example_inputs))
     trial = _make_plain(trial, _Plan({}, plan.gates))
@@ -187,8 +190,11 @@ def _alike(m: nn.Module, other: nn.Module) -> bool:
     return not m.bound or getattr(other, "bound", None) == m.bound
 
 
-def _tails(model: nn.Module) -> dict[str, bool]:
-    """Norms that have an act of their own or, as far as torch.fx can see, get a residual from the code around them."""
+_Call = tuple[str, frozenset[str], bool]  # norm, names of the arguments it was given, whether residual is a tensor
+
+
+def _traced_calls(model: nn.Module) -> list[_Call]:
+    """How norms are called in all forwards that torch.fx can trace."""
     fused = {m: type(m) for m in model.modules()}
     unfuse(model)
     try:
@@ -196,27 +202,54 @@ def _tails(model: nn.Module) -> dict[str, bool]:
     finally:
         for m, cls in fused.items():
             m.__class__ = cls
-    tails: dict[nn.Module, bool] = {}
-    names = {m: name for name, m in model.named_modules()}
+    names, calls = {m: name for name, m in model.named_modules()}, []
     for trace in traces.values():
         for node, m in trace.calls():
-            if not isinstance(m, BatchNormAct2d):
-                continue
-            given = dict(zip(("x", "residual", "act"), node.args, strict=False)) | node.kwargs
-            with_residual = isinstance(given.get("residual"), fx.Node)
-            if given.keys() - {"x", "residual"} or ("residual" in given) != with_residual:
-                what = ", ".join(sorted(given.keys() - {"x"}))
-            elif tails.setdefault(m, with_residual) != with_residual:
-                what = "a residual in one place and without in another"
-            else:
-                continue
-            raise GraphError(f"to_plain: {names[m]!r} is called with {what}; write the add or the ReLU out")
-    tails = {m: residual for m, residual in tails.items() if residual}
-    tails |= {m: tails.get(m, False) for m in names if isinstance(m, BatchNormAct2d) and m.act}
-    for m in tails:
-        if any(not _is_ours(hook) for hooks in _HOOKS for hook in getattr(m, hooks).values()):
-            raise GraphError(f"to_plain: {names[m]!r} adds or activates and has hooks; remove them first")
-    return {names[m]: residual for m, residual in tails.items()}
+            if isinstance(m, BatchNormAct2d):
+                calls.append(_called(names[m], node.args, node.kwargs, fx.Node))
+    return calls
+
+
+def _watched_calls(model: nn.Module, example_inputs: Any) -> list[_Call]:
+    """How norms are called in one forward."""
+    names, calls, forward = {m: name for name, m in model.named_modules()}, [], BatchNormAct2d.forward
+
+    def watched(self: BatchNormAct2d, *args: Any, **kwargs: Any) -> Tensor:
+        if self in names:
+            calls.append(_called(names[self], args, kwargs, Tensor))
+        return forward(self, *args, **kwargs)
+
+    BatchNormAct2d.forward = watched
+    try:
+        _outputs(model, example_inputs, "to_plain")
+    finally:
+        BatchNormAct2d.forward = forward
+    return calls
+
+
+def _called(name: str, args: tuple, kwargs: Mapping[str, Any], tensor: type) -> _Call:
+    given = dict(zip(("x", "residual", "act"), args, strict=False)) | dict(kwargs)
+    return name, frozenset(given), isinstance(given.get("residual"), tensor)
+
+
+def _tails(model: nn.Module, calls: Iterable[_Call]) -> dict[str, bool]:
+    """Norms that have an act of their own or get a residual from the code around them; whether the latter."""
+    residuals: dict[str, bool] = {}
+    for name, given, residual in calls:
+        if given - {"x", "residual"} or ("residual" in given) != residual:
+            what = ", ".join(sorted(given - {"x"}))
+        elif residuals.setdefault(name, residual) != residual:
+            what = "a residual in one place and without in another"
+        else:
+            continue
+        raise GraphError(f"to_plain: {name!r} is called with {what}; write the add or the ReLU out")
+    tails = {}
+    for name, m in model.named_modules():
+        if isinstance(m, BatchNormAct2d) and (m.act or residuals.get(name)):
+            tails[name] = residuals.get(name, False)
+            if any(not _is_ours(hook) for hooks in _HOOKS for hook in getattr(m, hooks).values()):
+                raise GraphError(f"to_plain: {name!r} adds or activates and has hooks; remove them first")
+    return tails
 
 
 @torch.no_grad()

@@ -150,6 +150,9 @@ MODULES = {
     "residual, ReLU": lambda: Lambda(
         lambda m, x: m.bn(m.conv(x), residual=m.conv(x).sin()), conv=conv(), bn=bounded("relu")
     ),
+    "residual behind a condition": lambda: Lambda(
+        lambda m, x: m.bn(m.conv(x), residual=x[:, :1]) if x.sum() < 1e9 else x, conv=conv(), bn=bounded("relu")
+    ),
     "shared norm": lambda: Lambda(lambda m, x: m.bn(m.bn(m.conv(x)).sin()), conv=conv(), bn=bounded("relu")),
     "gate behind conv": lambda: with_gate(conv()),
     "gate behind 3 groups": lambda: nn.Sequential(conv(), with_gate(nn.Conv2d(6, 6, 3, groups=3, bias=False))),
@@ -256,6 +259,12 @@ REFUSED = {
     "tied": (tied_to_a_convolution, "'1' (SigmoidBatchNorm2d) shares its weight"),
     "hooks": (with_hook, "'1' adds or activates and has hooks"),
     "both ways": (called_both_ways, "'bn' is called with a residual in one place and without"),
+    "both ways behind a condition": (
+        lambda: Lambda(
+            lambda m, x: m.bn(m.bn(m.conv(x)), x[:, :1]) if x.sum() < 1e9 else x, conv=conv(), bn=bounded()
+        ),
+        "'bn' is called with a residual in one place and without",
+    ),
     "act for a call": (
         lambda: Lambda(lambda m, x: m.bn(m.conv(x), act="relu"), conv=conv(), bn=bounded()),
         "'bn' is called with act",
