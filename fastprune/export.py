@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import math
 import os
 import tempfile
 import warnings
@@ -124,7 +125,7 @@ def export(
                 "be checked; export a copy in float32, copy.deepcopy(model).float()"
             )
     gated = any(isinstance(m, Gate) for m in model.modules())  # to_plain may have to watch where their factors go
-    plain = copy.deepcopy(model).cpu()
+    plain = _copied(model)
     plain = to_plain(plain, map_tensors(Tensor.cpu, example_inputs) if gated else None).eval()
     args, kwargs = map_tensors(lambda t: t.detach().cpu(), (args, kwargs))
     program = _program(plain, args, kwargs, dynamic_batch)
@@ -171,6 +172,13 @@ def _arguments(model: nn.Module, example_inputs: Any) -> tuple[tuple, dict[str, 
         by_order = sorted(example_inputs, key=lambda name: order.index(name) if name in order else len(order))
         return (), {name: example_inputs[name] for name in by_order}
     return tuple(example_inputs) if isinstance(example_inputs, (tuple, list)) else (example_inputs,), {}
+
+
+def _copied(model: nn.Module) -> nn.Module:
+    try:
+        return copy.deepcopy(model).cpu()
+    except Exception as e:
+        raise ExportError(f"export: expected a model that copy.deepcopy can copy, {_first_line(e)}") from e
 
 
 def _expect_packages(*names: str) -> None:
@@ -238,8 +246,11 @@ def _dynamic(args: tuple, kwargs: dict[str, Any], dim: Any) -> tuple | dict[str,
 
 
 def _write_archive(program: Any, file: Path) -> tuple[dict, dict]:
-    with _quiet():
-        torch.export.save(program, file)
+    try:
+        with _quiet():
+            torch.export.save(program, file)
+    except Exception as e:
+        raise ExportError(f"export: torch.export cannot write the program, {_first_line(e)}") from e
     of = {n.name: n.meta.get("val") for n in program.graph.nodes}
     signature = program.graph_signature
 
@@ -319,7 +330,7 @@ def _compared(
     Raises:
         ExportError: It does not run, or is not right.
     """
-    eager = copy.deepcopy(model).cpu().eval()  # not the plain one, which might be what is wrong
+    eager = _copied(model).eval()  # not the plain one, which might be what is wrong
     exact = copy.deepcopy(eager).double()
     size, worst, worst_eager = _batch(args, kwargs), 0.0, 0.0
     sizes = [size, size, 1, size + 3] if dynamic_batch else [size, size]
@@ -341,6 +352,8 @@ def _compared(
             raise ExportError(f"export: the file does not run {where}, {_first_line(e)}") from e
         off, eager_off = distance(got, expected), distance(leaves(_call(eager, some)), expected)
         bound = max(TOLERANCE, TIMES_EAGER * eager_off)
+        if not (math.isfinite(bound) and all(t.isfinite().all() for t in expected)):
+            raise ExportError(f"export: the model's output is not finite {where}, so that a check would say nothing")
         if not off <= bound:
             raise ExportError(
                 f"export: the file computes something else {where}: off by {off:.1e} of the largest output, "

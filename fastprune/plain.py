@@ -117,7 +117,8 @@ def fold(model: nn.Module, example_inputs: Any) -> nn.Module:
     if folds.left:
         some = [f"{name or 'the model'} ({why})" for name, why in list(folds.left.items())[:8]]
         more = [f"and {len(folds.left) - 8} more"] if len(folds.left) > 8 else []
-        warnings.warn(f"fold: {len(folds.left)} norms stay: {', '.join(some + more)}", stacklevel=2)
+        stay = "1 norm stays" if len(folds.left) == 1 else f"{len(folds.left)} norms stay"
+        warnings.warn(f"fold: {stay}: {', '.join(some + more)}", stacklevel=2)
     return model
 
 

@@ -217,6 +217,19 @@ def test_arguments_in_words(tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
+def test_what_is_not_finite_cannot_be_checked(tmp_path):
+    for dtype, factor in ((torch.float32, float("inf")), (torch.float16, 1e5)):  # the latter only in float16
+        model = net(dtype)
+        model[3].weight.data.mul_(factor)
+        with pytest.raises(ExportError, match=r"the model's output is not finite with a batch of 2"):
+            fp.export(model, tmp_path / "m.pt2", torch.randn(2, 3, 8, 8).to(dtype))
+    model = net()
+    model.generator = (i for i in ())
+    with pytest.raises(ExportError, match=r"expected a model that copy\.deepcopy can copy, TypeError: cannot pickle"):
+        fp.export(model, tmp_path / "m.pt2", torch.randn(2, 3, 8, 8))
+    assert not list(tmp_path.iterdir())
+
+
 def test_our_ops_called_by_a_forward_become_aten(tmp_path):
     def run(m, x):
         scale = torch.full((4,), 2.0, dtype=x.dtype)

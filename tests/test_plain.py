@@ -555,7 +555,7 @@ def test_one_pair_that_fails_does_not_take_the_others_along():
         Doubled,
         nn.Conv2d,
         nn.Identity,
-    ] and "fold: 1 norms stay: 1 (" in left
+    ] and "fold: 1 norm stays: 1 (" in left
     assert gap(run(model, x), expected) < 1e-13
 
 
