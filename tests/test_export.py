@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import subprocess
 import sys
 import warnings
@@ -240,3 +241,17 @@ def test_our_ops_called_by_a_forward_become_aten(tmp_path):
     program = torch.export.load(tmp_path / "m.pt2")
     assert not any("fastprune" in str(n.target) for n in program.graph.nodes)
     assert len(leaves(program.module()(x))) == 1
+
+
+def test_committed_page():
+    """The table of all networks is what the numbers say, and the numbers keep what fp.export promises."""
+    from bench.e2e import export as bench
+
+    results = json.loads(bench.OUT.read_text())
+    assert bench.page(results) == bench.OUT.with_suffix(".md").read_text()
+    rows = [row for row in results["rows"] if "error" not in row]
+    assert rows
+    for row in rows:
+        assert row["ours_left"] == 0 and row["plain"] < 1e-12 and row["fold"] < 1e-9, row["net"]
+        for suffix in (".pt2", ".onnx"):
+            assert row[suffix]["difference"] <= max(1e-5, 10 * row[suffix]["eager"]), row["net"]
