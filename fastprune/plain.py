@@ -58,6 +58,8 @@ def to_plain(model: nn.Module, example_inputs: Any = None) -> nn.Module:
     the new ``bias`` of norms without a shift.  An optimizer stays valid for all parameters whose values stay: not for
     the weights of bounded norms, which are other numbers now, and it does not have the new shifts.  Make a new one.
 
+    The record of what was cut (:func:`fastprune.surgery.keep_lists`) stays on the modules; it is plain data.
+
     A network of :mod:`fastprune.models` keeps its class, whose code is plain PyTorch but lives here: its ``state_dict``
     and exported files need no fastprune, a pickle does.
 
