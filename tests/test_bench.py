@@ -707,7 +707,9 @@ def test_the_latency_page_names_what_gains_too_little():
     assert "| n | 1 | nchw | 1 | half-16 | 2.00x | 1.60x |" in behind and "| half |" not in behind
     assert "| n | 1 | nchw | 1 | half | 8 > 4 | 2 > 2.25 |" in text
     rows[2]["speedup"]["dense"]["ratio"] = 1.9
-    assert "None." in latency.page(rows)
+    assert "None." in latency.page(rows) and "## Where the time goes" in text
+    plain = [{key: value for key, value in row.items() if key != "layers"} for row in rows]
+    assert "Where the time goes" not in latency.page(plain)
 
 
 def test_committed_results_are_verified_and_name_no_place():

@@ -7,7 +7,7 @@
 Before anything is timed, each pruned network must compute what the masked one does, and each folded one what it was.
 `layers` of a row sums what fp.latency gives for each kind of layer, for single images and without folding.
 
-    python -m bench.e2e.latency && python -m bench.e2e.latency --threads 2 --fold none
+    python -m bench.e2e.latency --tuned && python -m bench.e2e.latency --tuned --threads 2 --fold none
 
 `--render` only writes docs/results/latency.md again, from all rows.
 """
@@ -153,30 +153,23 @@ def page(rows: list[dict]) -> str:
             text.append(f"| {' | '.join(cells)} |")
         text.append("")
     text += ["## Not faster in proportion", ""]
-    head = [
-        "| net | batch | layout | threads | implementation | fewer MACs | faster |",
-        f"| {'--- | ' * 5}---: | ---: |",
-    ]
-    text += (
-        [f"Less than {PROPORTION:g} of the factor by which the MACs shrink.", "", *head, *behind]
-        if behind
-        else ["None."]
-    )
-    text += [
-        "",
-        "## Where the time goes",
-        "",
-        "Milliseconds of all layers of a kind, inside the forward, before > after.",
-    ]
-    layered = [row for row in rows if "layers" in row]
-    kinds = list(dict.fromkeys(kind for row in layered for kind in row["layers"]))
-    text += ["", f"| net | batch | layout | threads | implementation | {' | '.join(kinds)} |"]
-    text.append(f"| {'--- | ' * 5}{'---: | ' * len(kinds)}".rstrip())
-    for row in layered:
-        case, layers = row["case"], row["layers"]
-        cells = [case["net"], str(case["batch"]), case["layout"], str(case["threads"]), row["impl"]]
-        cells += ["{:.3g} > {:.3g}".format(*layers[kind]) if kind in layers else "" for kind in kinds]
-        text.append(f"| {' | '.join(cells)} |")
+    if behind:
+        text += [f"Less than {PROPORTION:g} of the factor by which the MACs shrink.", ""]
+        text.append("| net | batch | layout | threads | implementation | fewer MACs | faster |")
+        text += [f"| {'--- | ' * 5}---: | ---: |", *behind]
+    else:
+        text.append("None.")
+    if layered := [row for row in rows if "layers" in row]:
+        text += ["", "## Where the time goes", ""]
+        text += ["Milliseconds of all layers of a kind, inside the forward of one image, before > after.", ""]
+        kinds = list(dict.fromkeys(kind for row in layered for kind in row["layers"]))
+        text.append(f"| net | batch | layout | threads | implementation | {' | '.join(kinds)} |")
+        text.append(f"| {'--- | ' * 5}{'---: | ' * len(kinds)}".rstrip())
+        for row in layered:
+            case, layers = row["case"], row["layers"]
+            cells = [case["net"], str(case["batch"]), case["layout"], str(case["threads"]), row["impl"]]
+            cells += ["{:.3g} > {:.3g}".format(*layers[kind]) if kind in layers else "" for kind in kinds]
+            text.append(f"| {' | '.join(cells)} |")
     return "\n".join([*text, ""])
 
 
