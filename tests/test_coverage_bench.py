@@ -3,7 +3,9 @@
 import copy
 import json
 import multiprocessing
+import os
 import sys
+import time
 
 import pytest
 import torch
@@ -200,15 +202,50 @@ def test_an_error_is_part_of_the_row(tiny, monkeypatch, stage):
     assert "RuntimeError: one two" in coverage.verdict(row)
 
 
-def test_processes_that_fail_or_hang_are_rows():
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["bench.e2e.coverage"])
-    row = coverage.in_a_process("torchvision", "no_such_net", "fastprune", 60, 8, context)
-    assert row["stage"] == "done" and "no_such_net" in row["errors"]["build"]
-    row = coverage.in_a_process("torchvision", "resnet18", "fastprune", 0, 8, context)
-    assert row["errors"] == {"start": "more than 0 s"}
-    row = coverage.in_a_process("torchvision", "resnet18", "fastprune", 60, 0.01, context)
-    assert row["errors"] and "macs" not in row
+def finish(report):
+    report({"stage": "build", "errors": {}})
+    report({"stage": "done", "errors": {"run": "no"}})
+
+
+def hang(report):
+    report({"stage": "prune", "errors": {}})
+    while True:
+        time.sleep(0)
+
+
+def sleep(report):
+    time.sleep(60)
+
+
+def die(report):
+    report({"stage": "compare", "errors": {"build": "x"}})
+    os._exit(7)
+
+
+def devour(report):
+    report({"stage": "run", "errors": {}})
+    try:
+        bytearray(2**40)
+    except MemoryError:
+        os._exit(8)
+
+
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")  # these run no kernels
+@pytest.mark.parametrize(
+    "work, seconds, stage, errors",
+    [
+        (finish, 60, "done", {"run": "no"}),
+        (hang, 1, "prune", {"prune": "more than 1 s"}),
+        (sleep, 0.05, "start", {"start": "more than 0.05 s"}),
+        (die, 60, "compare", {"build": "x", "compare": "the process died (exit code 7)"}),
+        (devour, 60, "run", {"run": "the process died (exit code 8)"}),
+    ],
+)
+def test_processes_that_die_or_hang_are_rows(monkeypatch, work, seconds, stage, errors):
+    if work is sleep:  # limits of CPU time are whole seconds
+        monkeypatch.setattr(coverage.resource, "setrlimit", lambda *_: None)
+    row = coverage.in_a_process(work, seconds, 64, multiprocessing.get_context("fork"))
+    assert (row["stage"], row["errors"]) == (stage, errors)
 
 
 # ---- networks, rows, page
@@ -272,7 +309,8 @@ def test_a_run_is_taken_up_again(tmp_path, monkeypatch, capsys):
     argv = ["bench", "--no-gate", "--only", "vgg1[13]", "--out", str(folder), "--page", str(tmp_path / "page.md")]
     asked = []
 
-    def in_a_process(source, net, tool, *_):
+    def in_a_process(work, *_):
+        _, net, tool = work.args
         asked.append((net, tool))
         return {k: v for k, v in row(net, tool).items() if k not in ("bench", "case", "impl", "provenance")}
 

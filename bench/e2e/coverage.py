@@ -13,10 +13,12 @@ import fnmatch
 import math
 import multiprocessing
 import resource
+import signal
 import time
 import warnings
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -350,29 +352,41 @@ def reasons(alone: list[str], frozen: Mapping[str, str]) -> dict[str, list]:
 # ---- all of them
 
 
-def _child(source: str, net: str, tool: str, connection: Any, gigabytes: float) -> None:
+def _child(work: Callable[..., None], connection: Any, seconds: int, gigabytes: float) -> None:
     resource.setrlimit(resource.RLIMIT_AS, (int(gigabytes * 2**30),) * 2)
-    examine(source, net, tool, connection.send)
+    resource.setrlimit(resource.RLIMIT_CPU, (seconds, resource.RLIM_INFINITY))
+    work(report=connection.send)
 
 
-def in_a_process(source: str, net: str, tool: str, seconds: float, gigabytes: float, context: Any) -> dict[str, Any]:
-    """:func:`examine` in a process of its own; what is known when it dies or takes too long."""
+def in_a_process(work: Callable[..., None], seconds: int, gigabytes: float, context: Any) -> dict[str, Any]:
+    """Run :func:`examine` in a process of its own.
+
+    Args:
+        work: It, with all arguments but ``report``.
+        seconds: Of CPU time, so that a busy machine changes nothing; ten times as many by the clock.
+        gigabytes: Of address space.
+        context: Of multiprocessing.
+
+    Returns: The row, or what was known of it when the process died or took too long.
+    """
     ours, theirs = context.Pipe(duplex=False)
-    process = context.Process(target=_child, args=(source, net, tool, theirs, gigabytes))
+    process = context.Process(target=_child, args=(work, theirs, seconds, gigabytes))
     process.start()
     theirs.close()
-    row, deadline = {"stage": "start", "errors": {}}, time.monotonic() + seconds
+    row, deadline, late = {"stage": "start", "errors": {}}, time.monotonic() + 10 * seconds, False
     with ours:
         try:
-            while ours.poll(max(0.0, deadline - time.monotonic())):
-                row = ours.recv()
-            row["errors"][row["stage"]] = f"more than {seconds:.0f} s"
+            while not late:
+                late = not ours.poll(max(0.0, deadline - time.monotonic()))
+                row = row if late else ours.recv()
             process.kill()
         except EOFError:
             pass
     process.join()
-    if row["stage"] != "done" and not row["errors"].get(row["stage"]):
-        row["errors"][row["stage"]] = f"the process died (exit code {process.exitcode})"
+    late |= process.exitcode == -signal.SIGXCPU
+    if row["stage"] != "done":
+        died = f"the process died (exit code {process.exitcode})"
+        row["errors"][row["stage"]] = f"more than {seconds} s" if late else died
     process.close()
     return row
 
@@ -387,7 +401,7 @@ def run(args: argparse.Namespace, tasks: list[tuple[str, str, str]], folder: Pat
 
     def one(task: tuple[str, str, str], gigabytes: float) -> None:
         source, net, tool = task
-        row = in_a_process(source, net, tool, args.timeout, gigabytes, context)
+        row = in_a_process(partial(examine, source, net, tool), args.timeout, gigabytes, context)
         case = {"source": source, "net": net, "ratio": RATIO}
         row = {"bench": "coverage", "case": case, "impl": tool} | row | {"provenance": facts}
         if not args.no_write:
@@ -613,7 +627,7 @@ def main() -> None:
     p.add_argument("--only", default="*", metavar="PATTERN", help="networks of this name or source/name, with * and ?")
     p.add_argument("--tool", choices=TOOLS, default=None, help="default: both")
     p.add_argument("--jobs", type=int, default=2, help=f"processes at a time; {', '.join(sorted(zoo.HEAVY))} run alone")
-    p.add_argument("--timeout", type=float, default=180, help="seconds for one network and tool")
+    p.add_argument("--timeout", type=int, default=180, help="CPU seconds for one network and tool")
     p.add_argument("--memory", type=float, default=20, help="GiB of address space for all processes together")
     p.add_argument("--resume", action="store_true", help="leave out what has a row of this commit")
     p.add_argument("--list", action="store_true", help="print the networks and end")
