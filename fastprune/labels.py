@@ -287,7 +287,7 @@ class Tracer(TorchDispatchMode):
         names = list(_integers(module, len(labels))) if module is not None and len(labels) > 1 else []
         read = _read_by_running_code(module) if names else ()
         names = [name for name in names if name.partition("[")[0] in read]
-        if isinstance(module, SIZED) and not SIZES.isdisjoint(names):
+        if isinstance(module, SIZED) and not SIZES.isdisjoint(names) and _has_tensors(module):
             return True  # surgery keeps it right
         if not names or not self.assume(labels):
             return False
@@ -431,6 +431,10 @@ class Tracer(TorchDispatchMode):
         for t in call.outs:
             self.label(t, {})
         return None
+
+
+def _has_tensors(m: nn.Module) -> bool:
+    return any(t is not None for t in (*m._parameters.values(), *m._buffers.values()))
 
 
 def _integers(m: nn.Module, value: int) -> Iterator[str]:
