@@ -326,8 +326,9 @@ def trace(model: nn.Module, example_inputs: Any, *, strict: bool | None = None) 
     refused: set[type] = {nn.MultiheadAttention}  # widths and heads are written into it
     sealed: set[type] = set()
     tracer, graph, idle = _trace(model, example_inputs, bool(strict), refused, sealed)
-    assumed = torch.cat([torch.empty(0, dtype=torch.int64), *tracer.doubtful]).numpy()
-    doubtful = strict is None and bool((graph.channel_of[assumed] >= 0).any())  # what is frozen anyway needs no proof
+    # modules that only touch what is frozen anyway need no proof
+    touched = [labels for path in tracer.assumed for labels in tracer.touched.get(path, ())]
+    doubtful = strict is None and bool(touched) and bool((graph.channel_of[torch.cat(touched).numpy()] >= 0).any())
     while doubtful and (where := _fails_in(model, graph, example_inputs)) is not None:
         suspects = _suspects(tracer, where)
         refused |= suspects

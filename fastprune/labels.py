@@ -147,7 +147,7 @@ class Tracer(TorchDispatchMode):
         self.running: list[tuple[str, nn.Module]] = []  # the modules now in their forward, outermost first
         self.entered: dict[str, int] = {}  # module -> how many had been entered when it first was
         self.assumed: dict[str, tuple[type, int]] = {}  # module of whose code something is assumed -> class, the same
-        self.doubtful: list[Tensor] = []  # labels of which something is assumed
+        self.touched: dict[str, list[Tensor]] = {}  # module -> labels of its inputs, and of what its own code reads
         self.numbers: dict[str, Tensor] = {}  # name of an integer in a module -> labels
         self.unknown: dict[str, str] = {}  # op -> what is the matter with it
 
@@ -166,7 +166,7 @@ class Tracer(TorchDispatchMode):
     def enter(self, name: str, m: nn.Module, inputs: list[Tensor]) -> None:
         """Note that a module begins to run."""
         self.running.append((name, m))
-        self._seal(inputs)
+        self._touch(inputs)
         self.entered.setdefault(name, len(self.entered))
 
     def finish(self) -> set[str]:
@@ -264,10 +264,9 @@ class Tracer(TorchDispatchMode):
             self.freeze(found[0], why or "it meets the model's input or a constant of fixed size")
         return found[0]
 
-    def assume(self, labels: Tensor) -> bool:
+    def assume(self) -> bool:
         """Whether something may be assumed of the code that runs: that a size in it is taken from the tensor or from
-        an integer of its module, or that no factor in it depends on the number of channels.  ``labels`` are those
-        that can only be removed if it is true.
+        an integer of its module, or that no factor in it depends on the number of channels.
 
         What is assumed is proved before anybody relies on it; see :func:`fastprune.graph.trace`.
         """
@@ -275,7 +274,6 @@ class Tracer(TorchDispatchMode):
         if self.strict or type(module) in self.refused:
             return False
         self.assumed.setdefault(path, (type(module), len(self.entered)))
-        self.doubtful.append(labels.reshape(-1))
         return True
 
     def counts(self, labels: Tensor) -> bool:
@@ -289,7 +287,7 @@ class Tracer(TorchDispatchMode):
         names = [name for name in names if name.partition("[")[0] in read]
         if isinstance(module, SIZED) and not SIZES.isdisjoint(names) and _has_tensors(module):
             return True  # surgery keeps it right
-        if not names or not self.assume(labels):
+        if not names or not self.assume():
             return False
         for name in (f"{path}.{name}" if path else name for name in names):
             if name not in self.numbers:
@@ -377,7 +375,7 @@ class Tracer(TorchDispatchMode):
         for d in varying:
             if d != kept:
                 first = full.narrow(d, 0, 1)
-                if free is None and not self.assume(full):
+                if free is None and not self.assume():
                     self.freeze(full, "a view takes its channel axis apart, by numbers that may be fixed")
                 else:
                     self.equal(full, first)
@@ -412,13 +410,18 @@ class Tracer(TorchDispatchMode):
             return NOISE
         return DATA if DATA in kinds else WEIGHT if WEIGHT in kinds else CONSTANT
 
-    def _seal(self, tensors: list[Tensor]) -> None:
-        if self.sealed and self.running and (cls := type(self.running[-1][1])) in self.sealed:
-            self.freeze_all(tensors, f"the code of {cls.__name__} relies on how many there are")
+    def _touch(self, tensors: list[Tensor]) -> None:
+        if self.running:
+            path, module = self.running[-1]
+            mine = self.touched.setdefault(path, [])
+            for t in tensors:
+                mine += self.axes(t).values()
+            if type(module) in self.sealed:
+                self.freeze_all(tensors, f"the code of {type(module).__name__} relies on how many there are")
 
     def _apply(self, call: Call) -> None:
         rule = self.rule_of(call.func)
-        self._seal(call.ins)
+        self._touch(call.ins)
         if rule is None:
             why = "has no rule"
         else:

@@ -140,7 +140,7 @@ def _parts(tracer: Tracer, call: Call, labels: Tensor) -> list[Tensor] | None:
     parts = list(labels.split(sizes))
     if call.name == "aten::split":
         # chunk(2) of whatever is left gives equal halves only if the halves lose the same channels
-        if len(set(sizes)) > 1 or not tracer.assume(labels):
+        if len(set(sizes)) > 1 or not tracer.assume():
             return None
         tracer.counts(labels)
         tracer.counts(parts[0])
@@ -206,7 +206,7 @@ def _contract(tracer: Tracer, x: Tensor, x_axis: int, w: Tensor, w_axis: int) ->
             made = "computed from other weights" if is_weight else "an activation itself"
             why = f"it is multiplied by something that is {made}, where a removed channel need not be zero"
             tracer.freeze(labels, why)
-        elif not tracer.assume(labels):  # products of queries and keys are scaled by the root of their number
+        elif not tracer.assume():  # products of queries and keys are scaled by the root of their number
             tracer.freeze(labels, "it is summed over in a product of activations that depends on how many there are")
     if is_weight:
         tracer.role("consumer", columns)
@@ -258,7 +258,7 @@ def _grouped(tracer: Tracer, x: Tensor, w: Tensor, bias: Tensor | None, groups: 
         tracer.equal(by_group, ins.view(groups, 1))
         module = tracer.running[-1][1] if tracer.running else None
         is_layer = isinstance(module, nn.modules.conv._ConvNd) and module.groups == groups  # which surgery keeps right
-        if not is_layer and not tracer.counts(ins) and not tracer.assume(ins):
+        if not is_layer and not tracer.counts(ins) and not tracer.assume():
             tracer.freeze(ins, "it is read by a convolution of as many groups, by a number that may be fixed")
         return out
     # The number of groups stays, and all groups must stay equally wide.

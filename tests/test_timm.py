@@ -13,6 +13,7 @@ from fastprune.graph import trace
 timm = pytest.importorskip("timm")
 
 SCALE = "the scale of attention depends on how many there are"
+OF_INPUT = "the code of Attention relies on how many there are"  # reshape(B, N, C) with C of another tensor
 OVER_CHANNELS = "a convolution slides over it"
 LAYER_NORM = "layer norm averages over it"
 STANDARDISED = "weights are standardised over it"
@@ -29,6 +30,7 @@ CASES = {
     "nf_resnet26": (dict(depths=(1, 1, 1, 1)), {STANDARDISED: 15}),
     "convnext_atto": (dict(depths=(1, 1, 1, 1)), {LAYER_NORM: 12}),
     "fasternet_t0": ({}, {}),
+    "fastvit_t8": (dict(layers=(1, 1, 1, 1), token_mixers=("repmixer",) * 3 + ("attention",)), {OF_INPUT: 33}),
     "test_vit": ({}, {LAYER_NORM: 13, SCALE: 6}),
 }
 
