@@ -451,7 +451,7 @@ def _modules_noted(tracer: Tracer, model: nn.Module, outputs: bool) -> Iterator[
     # for all modules at once: a module with a hook of its own might take another way (see fastprune.nn.fuse)
     handles = [
         nn.modules.module.register_module_forward_pre_hook(enter),
-        nn.modules.module.register_module_forward_hook(leave),
+        nn.modules.module.register_module_forward_hook(leave, always_call=True),
     ]
     try:
         yield

@@ -382,6 +382,45 @@ def test_group_norms_lose_whole_groups():
     assert trace(model, X).groups["middle.0"].size == 4
 
 
+def test_transformer_layers_lose_hidden_features():
+    class Tokens(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.TransformerEncoderLayer(8, 2, dim_feedforward=12, batch_first=True)
+
+        def forward(self, x):
+            return self.layer(x.flatten(2).transpose(1, 2)).transpose(1, 2).unflatten(2, (16, 16))
+
+    net = Net(Tokens(), 8)
+    graph = trace(net, X)
+    assert groups_of(graph) == {"middle.layer.linear1": 12}
+    assert graph.frozen["middle.layer.self_attn"] == "a view takes its channel axis apart, by numbers that may be fixed"
+    assert graph.frozen["middle.layer.linear2"] == graph.frozen["first"] == "layer norm averages over it"
+    assert torch.backends.mha.get_fastpath_enabled()
+    compact(net, uneven_keep(graph), X)
+    assert net.middle.layer.linear1.out_features == net.middle.layer.linear2.in_features == 6
+
+
+def test_modules_that_raise_are_left():
+    class Tries(nn.Module):
+        """Falls back to another branch, then splits by its own number."""
+
+        def __init__(self):
+            super().__init__()
+            self.width, self.broken, self.out = 4, nn.Linear(3, 3), nn.Conv2d(4, 7, 1)
+
+        def forward(self, x):
+            try:
+                x = self.broken(x)
+            except RuntimeError:
+                pass
+            a, b = x.split(self.width, 1)
+            return self.out(a * b.sigmoid())
+
+    graph = trace(Net(Tries(), 7), X)
+    assert graph.groups["first"].size == 4 and "middle.width" in {row.name for row in graph.rows}
+
+
 def test_standardised_weights_lose_rows_only():
     graph = trace(PATTERNS["standardised_rows"](), X)
     assert set(graph.groups) == {"first", "middle.1", "middle.3"}
