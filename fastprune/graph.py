@@ -35,7 +35,7 @@ from fastprune.errors import GraphError, did_you_mean
 from fastprune.labels import NUMBER, Row, Tracer
 from fastprune.nn import MaskedConv2d
 from fastprune.rules import pointwise, register_rule, rule_of
-from fastprune.surgery import call, check_plain, compare, leaves, map_tensors, number
+from fastprune.surgery import TOLERANCE, call, check_plain, compare, leaves, map_tensors, number
 
 __all__ = ["ChannelGraph", "Group", "Index", "pointwise", "register_rule", "trace"]
 
@@ -329,7 +329,7 @@ def trace(model: nn.Module, example_inputs: Any, *, strict: bool | None = None) 
     # modules that only touch what is frozen anyway need no proof
     touched = [labels for path in tracer.assumed for labels in tracer.touched.get(path, ())]
     doubtful = strict is None and bool(touched) and bool((graph.channel_of[torch.cat(touched).numpy()] >= 0).any())
-    while doubtful and (where := _fails_in(model, graph, example_inputs)) is not None:
+    while doubtful and (where := _fails_in(model, graph, example_inputs, bool(tracer.assumed))) is not None:
         suspects = _suspects(tracer, where)
         refused |= suspects
         culprit = _culprit(model, where, sealed)
@@ -370,7 +370,7 @@ def _trace(
     return tracer, _assemble(tracer, model, train_error), idle
 
 
-def _fails_in(model: nn.Module, graph: ChannelGraph, example_inputs: Any) -> str | None:
+def _fails_in(model: nn.Module, graph: ChannelGraph, example_inputs: Any, assumed: bool) -> str | None:
     """First module that computes something else in the model without some of each group, taken at random, than in the
     masked model; None if there is none.  Of equal groups each loses another number, else equal widths would stay
     equal, as code may rely on."""
@@ -385,6 +385,8 @@ def _fails_in(model: nn.Module, graph: ChannelGraph, example_inputs: Any) -> str
         found = compare(model, graph.kept(keep), lambda copy: graph.mask_(copy, keep), example_inputs, training=trains)
     except GraphError:  # nothing can be proved about this model
         return ""
+    if not found.what and found.gap > TOLERANCE and assumed:
+        return ""  # the code insists on float32: what is assumed of it cannot be told from rounding
     return found.module if found.what else None
 
 

@@ -421,6 +421,17 @@ def test_modules_that_raise_are_left():
     assert graph.groups["first"].size == 4 and "middle.width" in {row.name for row in graph.rows}
 
 
+def test_what_float32_hides_is_not_assumed():
+    def coarse(m, x):
+        q, k, v = (m.get_submodule(n)(x).flatten(2).float() for n in "qkv")
+        y = (q.transpose(1, 2) @ k).softmax(-1) @ v.transpose(1, 2)
+        return m.out(y.to(x.dtype)).transpose(1, 2).unflatten(2, (16, 16))
+
+    graph = trace(middle(coarse, **copy.deepcopy(QKV)), X)
+    assert "middle.q" in graph.frozen and "middle.v" in graph.groups
+    assert "middle.q" in trace(middle(coarse, **copy.deepcopy(QKV)), X, strict=False).groups
+
+
 def test_standardised_weights_lose_rows_only():
     graph = trace(PATTERNS["standardised_rows"](), X)
     assert set(graph.groups) == {"first", "middle.1", "middle.3"}
