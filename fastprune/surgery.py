@@ -122,7 +122,7 @@ def _listed(value: Any) -> list[Any]:
 
 def _shrink(model: nn.Module, plan: Plan, optimizers: list[torch.optim.Optimizer], ema: list[nn.Module]) -> None:
     tensors = named_tensors(model)
-    copies = {id(m): m for m in [model, *(_copy_of_model(tensors, e) for e in ema)]}
+    copies = {id(m): m for m in [model, *(m for e in ema for m in _copies_of_model(tensors, e))]}
     owned = {id(p) for p in model.parameters()}
     for optimizer in optimizers:
         _check_optimizer(optimizer, owned)
@@ -220,8 +220,8 @@ def named_tensors(model: nn.Module) -> dict[str, Tensor]:
     return {**dict(model.named_parameters()), **dict(model.named_buffers())}
 
 
-def _copy_of_model(tensors: dict[str, Tensor], ema: Any) -> nn.Module:
-    """The module inside ``ema`` (or itself) with the names and shapes of the model.
+def _copies_of_model(tensors: dict[str, Tensor], ema: Any) -> list[nn.Module]:
+    """The modules inside ``ema`` (or itself) with the names and shapes of the model.
 
     Raises:
         ValueError: There is none, or it is the model.
@@ -231,21 +231,25 @@ def _copy_of_model(tensors: dict[str, Tensor], ema: Any) -> nn.Module:
             f"compact: expected ema to be a module with a copy of the model in it, such as torch.optim.swa_utils."
             f"AveragedModel, got {type(ema).__name__}"
         )
-    wrong = ""
+    wrong, found = "", {}
     for path, m in ema.named_modules():
+        if any(f"{path}.".startswith(f"{inside}." if inside else "") for inside in found):
+            continue  # a part of a copy
         mine = named_tensors(m)
         differ = (name for name, t in tensors.items() if name not in mine or mine[name].shape != t.shape)
         if (name := next(differ, None)) is None:
             check_plain(m, "compact: ema")
-            if any(mine[name] is t for name, t in tensors.items()):
+            if any(t.numel() and mine[name].data_ptr() == t.data_ptr() for name, t in tensors.items()):
                 raise ValueError(
                     "compact: ema shares its parameters with the model; pass a copy of the model, or nothing"
                 )
-            return m
-        if not wrong or path == "module":
+            found[path] = m
+        elif not wrong or path == "module":
             got = f"one of {tuple(mine[name].shape)}" if name in mine else "no such tensor"
             wrong = f"{name} of shape {tuple(tensors[name].shape)} in {type(m).__name__}, got {got}"
-    raise ValueError(f"compact: ema holds no copy of the model: expected {wrong}")
+    if not found:
+        raise ValueError(f"compact: ema holds no copy of the model: expected {wrong}")
+    return list(found.values())
 
 
 def _check_optimizer(optimizer: Any, owned: set[int]) -> None:

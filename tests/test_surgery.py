@@ -283,7 +283,7 @@ def test_several_optimizers_and_averages_follow():
     others = [p for n, p in model.named_parameters() if p.dim() > 1]
     optimizers = torch.optim.SGD(norms, 0.1, momentum=0.9), torch.optim.Adam(others, 0.01)
     holder = nn.Module()
-    holder.shadow, holder.decay = copy.deepcopy(model).requires_grad_(False), 0.99
+    holder.shadow, holder.slow = copy.deepcopy(model).requires_grad_(False), copy.deepcopy(model).float()
     emas = [averaged(model), averaged(averaged(model)), holder]  # the second has module.module.first.weight
     backward(model)
     for o in optimizers:
@@ -298,11 +298,11 @@ def test_several_optimizers_and_averages_follow():
         assert all(t.shape in (p.shape, ()) for p in params for t in leaves(o.state[p]))
     emas[0].update_parameters(model)
     their_emas[0].update_parameters(masked)
-    inside = lambda e: (e[0].module, e[1].module.module, e[2].shadow)  # noqa: E731
+    inside = lambda e: (e[0].module, e[1].module.module, e[2].shadow, e[2].slow)  # noqa: E731
     for small, big in zip(inside(emas), inside(their_emas), strict=True):
         for what, a, b, dims in pairs(small, big, plan):
             assert torch.equal(a, stays(b, dims)), what
-        assert str(small) == str(model) and small(X).isfinite().all()
+        assert str(small) == str(model) and small(X.to(small.fc.weight.dtype)).isfinite().all()
     for e, before in zip(emas, parameters, strict=True):
         assert all(a is b for a, b in zip(e.parameters(), before, strict=True))
 
