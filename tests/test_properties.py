@@ -130,7 +130,8 @@ def norm(draw, c: int) -> list[nn.Module]:
         lambda c: nn.BatchNorm2d(c, affine=False), lambda c: nn.BatchNorm2d(c, track_running_stats=False),
         lambda c: nn.GroupNorm(c, c), lambda c: nn.GroupNorm(1, c), lambda c: nn.InstanceNorm2d(c, affine=True),
         lambda c: nn.InstanceNorm2d(c, track_running_stats=True), nn.InstanceNorm2d,
-        lambda c: nn.GroupNorm(c, c, affine=False), fpnn.SigmoidBatchNorm2d,
+        lambda c: nn.GroupNorm(c, c, affine=False), lambda c: nn.GroupNorm(2 - c % 2, c),
+        fpnn.SigmoidBatchNorm2d,
         lambda c: fpnn.SigmoidBatchNorm2d(c, bias=True), lambda c: fpnn.BatchNormAct2d(c, act="relu"),
         lambda c: fpnn.BatchNormAct2d(c, act="relu", bound="sigmoid"),
     )))  # fmt: skip
@@ -402,7 +403,7 @@ def assert_sizes(model: nn.Module) -> None:
                 assert t is None or len(t) == m.num_features, name
         elif isinstance(m, nn.GroupNorm):
             assert m.weight is None or len(m.weight) == m.num_channels, name
-            assert m.num_groups in (1, m.num_channels), name
+            assert m.num_channels % m.num_groups == 0, name
         elif isinstance(m, nn.PReLU):
             assert len(m.weight) == m.num_parameters, name
 
