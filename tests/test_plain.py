@@ -12,6 +12,9 @@ import warnings
 import pytest
 import torch
 from graph_cases import FAMILIES, PATTERNS, Lambda, stir, uneven_keep
+from hypothesis import given
+from hypothesis import strategies as st
+from test_properties import examples, networks
 from torch import nn
 from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -113,6 +116,23 @@ def test_patterns_keep_their_function(name):
     assert gap(run(model, x), expected) < 1e-12
     norms = sum(isinstance(m, _BatchNorm) for m in model.modules())
     assert norms == {"dense": 2, "reparameterised_branches": 1}.get(name, 0) and bool(left) == bool(norms)
+
+
+@given(st.data())
+@examples(25)
+def test_random_networks_keep_their_function(data):
+    """With our norms or without; those that a layer of their own precedes are folded, the others stay."""
+    model, x = data.draw(networks()).eval(), torch.randn(3, 2, 8, 8).double()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # names what cannot be fused
+        if data.draw(st.booleans()):
+            fp.nn.convert_batchnorm(model, bound="sigmoid")
+    expected = run(model, x)
+    fp.to_plain(model, x)
+    assert_plain(model)
+    assert gap(run(model, x), expected) < 1e-10
+    folded(model, x)
+    assert gap(run(model, x), expected) < 1e-10
 
 
 # --- each module of ours -----------------------------------------------------------------------------------------
