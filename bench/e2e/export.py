@@ -41,7 +41,7 @@ OURS = ("vgg16-rni", "resnet56-rni", "resnet56", "wrn-40-2", "densenet-bc-100", 
 TORCHVISION = {
     "alexnet": 64, "vgg11_bn": 64, "resnet18": 64, "resnet50": 64, "resnext50_32x4d": 64, "densenet121": 64,
     "mobilenet_v2": 64, "mobilenet_v3_small": 64, "efficientnet_b0": 64, "efficientnet_v2_s": 64, "googlenet": 64,
-    "inception_v3": 96, "squeezenet1_1": 64, "shufflenet_v2_x0_5": 64, "regnet_y_400mf": 64, "mnasnet0_5": 64,
+    "inception_v3": 299, "squeezenet1_1": 64, "shufflenet_v2_x0_5": 64, "regnet_y_400mf": 64, "mnasnet0_5": 64,
     "convnext_tiny": 64, "swin_t": 224, "vit_b_16": 224, "maxvit_t": 224,
 }  # fmt: skip
 TIMM = {
