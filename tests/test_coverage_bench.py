@@ -190,7 +190,7 @@ def test_a_wrong_tool_is_found_out(tiny, monkeypatch):
 @pytest.mark.parametrize("stage", ["build", "prune", "run", "compare", "train"])
 def test_an_error_is_part_of_the_row(tiny, monkeypatch, stage):
     def fail(*_):
-        raise RuntimeError("one\n  two")
+        raise RuntimeError("one\n  /a/b/two")
 
     monkeypatch.setitem(coverage.STAGES, stage, fail)
     row = examine("fastprune") if stage != "build" else {}

@@ -12,6 +12,7 @@ import copy
 import fnmatch
 import math
 import multiprocessing
+import re
 import resource
 import signal
 import time
@@ -286,7 +287,8 @@ def examine(source: str, net: str, tool: str, report: Callable[[dict], None]) ->
         try:
             step(source, net, tool, row, models)
         except Exception as e:
-            row["errors"][stage] = f"{type(e).__name__}: {' '.join(str(e).split())[:200]}"
+            text = re.sub(r"(?<![\w.])/\S*/", "", " ".join(str(e).split()))  # no places of this machine
+            row["errors"][stage] = f"{type(e).__name__}: {text[:200]}"
             if stage != "compare":
                 break
     report(row | {"stage": "done", "cpu_s": round(time.process_time(), 1)})
@@ -395,9 +397,8 @@ def run(args: argparse.Namespace, tasks: list[tuple[str, str, str]], folder: Pat
     """Examine all tasks, and file each row as it comes."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["torchvision", "timm", "torch_pruning", "fastprune", "bench.zoo"])
-    facts = harness.provenance("cpu", verified=not args.no_gate) | {
-        name: metadata.version(name) for name in ("torchvision", "timm", "torch-pruning")
-    }
+    facts = harness.provenance("cpu", verified=not args.no_gate) | {"threads": 1}
+    facts |= {name: metadata.version(name) for name in ("torchvision", "timm", "torch-pruning")}
 
     def one(task: tuple[str, str, str], gigabytes: float) -> None:
         source, net, tool = task
