@@ -87,6 +87,21 @@ def test_the_oracle_sees_statistics_of_removed_channels(net):
     assert found["difference"] > 1e-3 and found["where"] == "norm"
 
 
+def test_channels_are_looked_for_along_any_axis():
+    class Last(nn.LayerNorm):  # of images, as in ConvNeXt
+        def forward(self, x):
+            return super().forward(x.movedim(1, -1)).movedim(-1, 1)
+
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(3, 8, 1), Last(8), nn.Conv2d(8, 4, 8))
+    zoo.randomise(net, IMAGES, seed=0)
+    pruned = copy.deepcopy(net)
+    cut(pruned, **{"0__weight": (0, [0, 7]), "0__bias": (0, [0, 7]), "1__weight": (0, [0, 7]), "1__bias": (0, [0, 7])})
+    cut(pruned, **{"2__weight": (1, [0, 7])})
+    pruned[1].normalized_shape = (2,)
+    assert coverage.judge(net, pruned, IMAGES)["where"] == "1"
+
+
 def test_the_oracle_looks_at_heads_of_training():
     class Heads(nn.Module):
         def __init__(self):

@@ -182,10 +182,11 @@ def first_difference(whole: nn.Module, pruned: nn.Module, kept: Kept, images: Te
         for hook in hooks:
             hook.remove()
     for (name, expected), (_, got) in zip(*runs, strict=False):
-        if expected.shape != got.shape:
-            axis = -1 if isinstance(whole.get_submodule(name), (nn.Linear, nn.LayerNorm)) else 1
-            rows = kept.get(f"{name}.weight", {}).get(0)
-            expected = expected if rows is None else expected.index_select(axis, rows)
+        rows = kept.get(f"{name}.weight", {}).get(0)
+        # channels lie along the axis that was cut
+        for axis, (a, b) in enumerate(zip(expected.shape, got.shape, strict=True)):
+            if rows is not None and a != b == len(rows):
+                expected = expected.index_select(axis, rows)
         if expected.shape != got.shape or apart([got], [expected]) >= TOLERANCE:
             return name
     return "after the last layer"
