@@ -186,10 +186,15 @@ def latency(
         repeats: Rounds that count; None: as many as take about a second, 7 to 50.
 
     Raises:
-        ValueError: Inputs that are not on a CPU or a CUDA device, or ``repeats`` below 1.
+        ValueError: Inputs that are not on a CPU or a CUDA device, ``repeats`` below 1, or ``compare`` is ``model``.
     """
     if repeats is not None and repeats < 1:
         raise ValueError(f"latency: expected repeats of at least 1, got {repeats}")
+    if compare is model:
+        raise ValueError(
+            "latency: expected compare to be the model before pruning, got the model itself; compact works in place, so "
+            "copy.deepcopy the model before"
+        )
     watch = Stopwatch.of(example_inputs)
     models = [model] if compare is None else [model, compare]
     with ExitStack() as stack:

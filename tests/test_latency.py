@@ -173,6 +173,9 @@ def test_what_cannot_be_timed():
         fp.latency(conv_net(4), X.to("meta"))
     with pytest.raises(ValueError, match="got no tensor"):
         fp.latency(conv_net(4), {})
+    model = conv_net(4)
+    with pytest.raises(ValueError, match="got the model itself; compact works in place"):
+        fp.latency(model, X, compare=model)
 
 
 def test_the_real_clock_runs(monkeypatch):
