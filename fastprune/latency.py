@@ -192,8 +192,8 @@ def latency(
         raise ValueError(f"latency: expected repeats of at least 1, got {repeats}")
     if compare is model:
         raise ValueError(
-            "latency: expected compare to be the model before pruning, got the model itself; compact works in place, so "
-            "copy.deepcopy the model before"
+            "latency: expected compare to be the model before pruning, got the model itself; compact works in "
+            "place, so copy.deepcopy the model before"
         )
     watch = Stopwatch.of(example_inputs)
     models = [model] if compare is None else [model, compare]

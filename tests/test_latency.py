@@ -174,7 +174,7 @@ def test_what_cannot_be_timed():
     with pytest.raises(ValueError, match="got no tensor"):
         fp.latency(conv_net(4), {})
     model = conv_net(4)
-    with pytest.raises(ValueError, match="got the model itself; compact works in place"):
+    with pytest.raises(ValueError, match="got the model itself; compact works in place, so"):
         fp.latency(model, X, compare=model)
 
 
