@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import sys
 from bisect import bisect_right
-from collections.abc import Callable, Iterator, Set
+from collections.abc import Callable, Iterable, Iterator, Set
 from dataclasses import dataclass
 from functools import cache
+from types import FrameType
 from typing import Any, NamedTuple
 
 import torch
@@ -102,6 +103,8 @@ def _flat(values: Any) -> list[Tensor]:
 
 
 Rule = Callable[["Tracer", Call], None]
+# layers that compare the width of their inputs with a number of their own, which surgery leaves alone
+CHECKED = (nn.MultiheadAttention, nn.RNNBase)
 # ops that draw numbers into a tensor of any shape
 RANDOM = frozenset(f"aten::{name}" for name in "bernoulli bernoulli_ uniform_ normal_ rand randn".split())
 
@@ -166,6 +169,8 @@ class Tracer(TorchDispatchMode):
     def enter(self, name: str, m: nn.Module, inputs: list[Tensor]) -> None:
         """Note that a module begins to run."""
         self.running.append((name, m))
+        if isinstance(m, CHECKED):
+            self.freeze_all(inputs, f"{type(m).__name__} checks how many there are")
         self._touch(inputs)
         self.entered.setdefault(name, len(self.entered))
 
@@ -294,6 +299,15 @@ class Tracer(TorchDispatchMode):
                 self.numbers[name] = self._row(name, NUMBER, len(labels))
             self.equal(self.numbers[name], labels)
         return True
+
+    def spells_out(self, size: int) -> bool:
+        """Whether this very number stands in the code that runs, as a literal or as a constant of its file."""
+        return any(
+            size in _literals(frame.f_code.co_consts)
+            or size in _literals(frame.f_globals.get(name) for name in frame.f_code.co_names)
+            for frame in _running_frames()
+            if frame.f_globals.get("__name__", "").partition(".")[0] not in ("torch", "fastprune")
+        )
 
     def move(
         self, call: Call, run: Callable[[Tensor], Any], *, free: int | None = None, skip: Set[int] = frozenset()
@@ -451,12 +465,28 @@ def _integers(m: nn.Module, value: int) -> Iterator[str]:
             yield from (f"{name}[{i}]" for i, entry in enumerate(v) if type(entry) is int and entry == value)
 
 
-def _read_by_running_code(m: nn.Module) -> set[str]:
-    """Names of attributes in the functions of ``m`` that are running."""
-    names: set[str] = set()
+def _running_frames() -> Iterator[FrameType]:
+    """The code that called the op we are at, innermost first, up to the call of the module."""
     frame = sys._getframe(1)
-    while frame is not None and frame.f_code is not nn.Module._call_impl.__code__:
-        if frame.f_locals.get("self") is m:
-            names.update(frame.f_code.co_names)
+    while frame is not None and frame.f_code is not Tracer.__torch_dispatch__.__code__:
         frame = frame.f_back
+    while frame is not None and frame.f_code is not nn.Module._call_impl.__code__:
+        yield frame
+        frame = frame.f_back
+
+
+def _read_by_running_code(m: nn.Module) -> set[str]:
+    """Names of attributes in the functions of ``m`` that are running: those with it among their variables."""
+    names: set[str] = set()
+    for frame in _running_frames():
+        if any(v is m for v in frame.f_locals.values()):
+            names.update(frame.f_code.co_names)
     return names
+
+
+def _literals(constants: Iterable[Any]) -> Iterator[int]:
+    for value in constants:
+        if type(value) is int:
+            yield value
+        elif isinstance(value, tuple):
+            yield from _literals(value)

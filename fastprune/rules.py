@@ -46,7 +46,9 @@ def _stays_zero(tracer: Tracer, call: Call, name: str, axes: Set[int]) -> bool:
 
 def _follows(tracer: Tracer, t: Tensor, axis: int) -> bool:
     """An axis that takes its size from the tensor it meets: expanded from 1, or random numbers."""
-    return t.dim() + axis not in tracer.axes(t) and (t.stride(axis) == 0 or tracer.kind(t) == NOISE)
+    if t.dim() + axis in tracer.axes(t) or not (t.stride(axis) == 0 or tracer.kind(t) == NOISE):
+        return False
+    return not tracer.spells_out(t.shape[axis])
 
 
 def _copy(tracer: Tracer, call: Call) -> None:
@@ -86,8 +88,9 @@ def _moved(tracer: Tracer, call: Call) -> None:
 def _view(tracer: Tracer, call: Call) -> None:
     # labels are expanded, which view may refuse; the numbers in the call are the real shape's
     tracer.move(call, lambda labels: labels.reshape(call.out.shape))
-    for labels in tracer.axes(call.out).values():
-        tracer.counts(labels)  # the new shape may have been given as numbers
+    for labels in tracer.axes(call.out).values():  # the new shape may have been given as numbers
+        if not tracer.counts(labels) and tracer.spells_out(len(labels)) and not tracer.assume():
+            tracer.freeze(labels, "a view gives its size as a number that may be fixed")
 
 
 def _pixel_shuffle(tracer: Tracer, call: Call) -> None:

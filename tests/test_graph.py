@@ -238,6 +238,7 @@ PAIR = {"conv": nn.Conv2d(8, 6, 1), "out": nn.Conv2d(6, 7, 1)}
 ALONG = {"along": nn.Conv1d(1, 1, 3, padding=1)}
 QKV = {**{n: nn.Conv2d(8, 6, 1) for n in "qkv"}, "out": nn.Linear(6, 7)}
 CUT = "takes fixed positions out of its channels"
+WIDE = (2, 8, 16, 16)
 CROP = (0, 0, 0, 0, -1, -1)
 FROZEN = {
     "layer norm": (lambda m, x: m.conv(F.layer_norm(x, x.shape[1:])), CONV, "layer norm averages over it"),
@@ -264,6 +265,10 @@ FROZEN = {
     ),
     "as_strided": (lambda m, x: m.conv(x.as_strided(x.shape, x.stride())), CONV, "reads memory by stride"),
     "all tied": (all_tied, CONV, "the model ties all its channels into one"),
+    "view": (lambda m, x: m.conv(x.view(-1, 8, 16, 16)), CONV, "a view gives its size as a number"),
+    "view by a constant": (lambda m, x: m.conv(x.flatten(2).view(WIDE)), CONV, "a view gives its size as a number"),
+    "expanded": (lambda m, x: m.conv(x + torch.ones(()).expand(1, 8, 1, 1)), CONV, "a constant of fixed size"),
+    "noise": (lambda m, x: m.conv(x + torch.randn(1, 8, 1, 1)), CONV, "a constant of fixed size"),
 }
 
 
@@ -352,6 +357,58 @@ def test_a_number_that_means_something_else_is_left_alone():
     assert net.middle[0].factor == 8 and net.middle[1].width == 2
 
 
+@pytest.mark.parametrize("layer", [nn.LSTM(8, 7), nn.GRU(8, 7), nn.MultiheadAttention(8, 2)])
+@pytest.mark.filterwarnings("ignore:trace. aten.*has no rule")
+def test_layers_that_check_their_width_keep_their_inputs(layer):
+    def run(m, x):
+        tokens = x.flatten(2).permute(2, 0, 1)
+        y = m.layer(tokens, tokens, tokens)[0] if m.attends else m.layer(tokens)[0]
+        return m.out(y).permute(1, 2, 0).unflatten(2, (16, 16))
+
+    attends = isinstance(layer, nn.MultiheadAttention)
+    wide = nn.Conv2d(3, 6, 1)
+    net = nn.Sequential(wide, middle(run, layer=layer, attends=attends, out=nn.Linear(8 if attends else 7, 7)))
+    net[1].first = nn.Conv2d(6, 8, 1)
+    graph = trace(net, X)
+    assert graph.frozen["1.first"] == f"{type(layer).__name__} checks how many there are"
+    assert graph.groups["0"].size == 6
+    compact(net, uneven_keep(graph), X)
+
+
+def test_the_tutorials_network_keeps_what_it_flattens_by_number():
+    class LeNet(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv1, self.conv2 = nn.Conv2d(3, 6, 5), nn.Conv2d(6, 16, 5)
+            self.fc1, self.fc2 = nn.Linear(16 * 5 * 5, 12), nn.Linear(12, 5)
+
+        def forward(self, x):
+            x = F.max_pool2d(F.relu(self.conv1(x)), 2)
+            x = F.max_pool2d(F.relu(self.conv2(x)), 2).view(-1, 16 * 5 * 5)
+            return self.fc2(F.relu(self.fc1(x)))
+
+    net, x = LeNet(), torch.randn(2, 3, 32, 32)
+    graph = trace(net, x)
+    assert set(graph.groups) == {"conv1", "fc1"} and "a view gives its size as a number" in graph.frozen["conv2"]
+    compact(net, uneven_keep(graph), x)
+
+
+def test_numbers_are_found_whatever_the_module_is_called():
+    class This(nn.Module):
+        def __init__(this):
+            super().__init__()
+            this.width, this.out = 3, nn.Conv2d(8, 7, 1)
+
+        def forward(this, x):
+            return this.out(torch.cat([x[:, : this.width].sin(), x[:, this.width :]], 1))
+
+    net = Net(This(), 7)
+    graph = trace(net, X)
+    assert groups_of(graph) == {"first": 3, "first#2": 5, "middle.out": 7}
+    compact(net, {"first": torch.tensor([True, False, True])}, X, graph=graph)
+    assert net.middle.width == 2
+
+
 def test_code_that_compares_widths_of_two_groups_freezes_them():
     class Reshaped(nn.Module):
         """Gives one convolution's output the width of the input, and no view shows it."""
@@ -395,7 +452,8 @@ def test_transformer_layers_lose_hidden_features():
     graph = trace(net, X)
     assert groups_of(graph) == {"middle.layer.linear1": 12}
     assert graph.frozen["middle.layer.self_attn"] == "a view takes its channel axis apart, by numbers that may be fixed"
-    assert graph.frozen["middle.layer.linear2"] == graph.frozen["first"] == "layer norm averages over it"
+    assert graph.frozen["middle.layer.linear2"] == graph.frozen["first"]
+    assert graph.frozen["first"] == "MultiheadAttention checks how many there are"
     assert torch.backends.mha.get_fastpath_enabled()
     compact(net, uneven_keep(graph), X)
     assert net.middle.layer.linear1.out_features == net.middle.layer.linear2.in_features == 6
