@@ -178,6 +178,7 @@ class Budget:
         latency_inputs: What the latency is measured on; None: ``example_inputs``.
 
     Attributes:
+        target: Name and value of what was asked for.
         dense: MACs and parameters of ``model``.
         measured: With a latency, once it was searched: one dict per network tried, ``macs``, ``ms``, and
             ``dense_ms`` of the dense model, timed in turn with it.
@@ -210,6 +211,7 @@ class Budget:
             raise ValueError(f"budget: expected {self.name} above 0, got {value!r}")
         if latency_inputs is not None and target_latency_ms is None:
             raise ValueError("budget: latency_inputs goes with target_latency_ms; leave it out")
+        self.target = given
         self.model, self.example_inputs, self.latency_inputs = model, example_inputs, latency_inputs
         self.uses = uses(graph, model, example_inputs)
         self.look_at(graph)

@@ -21,7 +21,7 @@ import stat
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import fields
 from functools import cache
 from itertools import pairwise, zip_longest
 from numbers import Integral, Real
@@ -99,7 +99,8 @@ def save(
         model: What :func:`fastprune.compact`, ``to_plain`` or ``fold`` left, or any other module.  Wrappers of
             ``torch.compile`` and data parallelism are looked through.  Not changed.
         path: Of the file; its folder must exist.
-        method: The :class:`fastprune.methods.base.Method` that pruned it, to note its name, ratio, scope and options.
+        method: The :class:`fastprune.methods.base.Method` that pruned it, to note its name, ratio or target, scope and
+            options.
         recipe, extra: Whatever is to be known about the network: dicts of numbers, strings, None, lists and dicts.
 
     Raises:
@@ -235,7 +236,19 @@ def _ranges(indices: Tensor) -> tuple[int, ...]:
 
 
 def _about(method: Any) -> dict[str, Any]:
-    return {name: getattr(method, name) for name in ("name", "ratio", "scope")} | {"options": asdict(method.options)}
+    if not hasattr(method, "options"):
+        raise ValueError(f"save: expected method to be what fastprune.create returned, got {method!r:.100}")
+    about = {name: getattr(method, name) for name in ("name", "ratio", "scope")}
+    about["target"] = None if method.budget is None else method.budget.target
+    return about | {"options": {f.name: _option(getattr(method.options, f.name)) for f in fields(method.options)}}
+
+
+def _option(value: Any) -> Any:
+    """A value as JSON; what has none, such as data, a model or a loss, by its name or the name of its type."""
+    try:
+        return _json(value, "method")
+    except ValueError:
+        return repr(value) if isinstance(value, Real) else getattr(value, "__qualname__", type(value).__qualname__)
 
 
 def _json(value: Any, where: str, depth: int = 0) -> Any:

@@ -214,6 +214,20 @@ def test_what_a_file_says_about_itself(tmp_path):
     assert str(loaded) == str(model).replace("BatchNormAct2d", "BatchNorm2d") != str(model)
 
 
+def test_what_a_file_says_about_a_target_and_objects(tmp_path):
+    model, x = models.create("resnet20"), torch.randn(2, 3, 16, 16)
+    method = fp.create("obd", model, x, target_macs=np.float32(0.5), data=[(x, torch.tensor([0, 1]))])
+    fp.save(model, tmp_path / "x", method=method)
+    about = fp.checkpoint.read(tmp_path / "x")["method"]
+    assert about["ratio"] is None and about["target"] == {"target_macs": 0.5}
+    assert about["options"]["data"] == "list" and about["options"]["loss"] == "cross_entropy"
+    fp.save(model, tmp_path / "x", method=fp.create("greg-1", model, x, ratio=0.5, ratio_limit=float("inf")))
+    about = fp.checkpoint.read(tmp_path / "x")["method"]
+    assert about["target"] is None and about["options"]["ratio_limit"] == "inf"
+    with pytest.raises(ValueError, match=r"save: expected method to be what fastprune.create returned, got 'l1'"):
+        fp.save(model, tmp_path / "x", method="l1")
+
+
 WRAPPERS = {"compile": torch.compile, "data_parallel": nn.DataParallel}
 
 
