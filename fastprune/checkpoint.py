@@ -371,6 +371,11 @@ def load(
     with _opened(path) as file:
         header = _Header(file)
         document = header.document
+        if isinstance(model_fn, nn.Module):
+            raise ValueError(
+                f"load: expected model_fn to be a function that makes the network, got the network, a "
+                f"{type(model_fn).__name__}; pass lambda: ..."
+            )
         model = _recreated(document) if model_fn is None else model_fn()
         if not isinstance(model, nn.Module):
             raise ValueError(f"load: expected model_fn to return an nn.Module, got {type(model).__name__}")

@@ -228,6 +228,12 @@ def test_what_a_file_says_about_a_target_and_objects(tmp_path):
         fp.save(model, tmp_path / "x", method="l1")
 
 
+def test_a_network_in_place_of_a_function_that_makes_it(tmp_path):
+    fp.save(nn.Linear(2, 2), tmp_path / "x")
+    with pytest.raises(ValueError, match=r"load: expected model_fn to be a function .* got the network, a Linear"):
+        fp.load(tmp_path / "x", nn.Linear(2, 2))
+
+
 WRAPPERS = {"compile": torch.compile, "data_parallel": nn.DataParallel}
 
 
