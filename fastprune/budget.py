@@ -12,6 +12,7 @@ import copy
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from numbers import Integral, Real
 from typing import Any
 
 import numpy as np
@@ -148,9 +149,9 @@ def steps(graph: ChannelGraph, round_to: int) -> dict[str, int]:
 
     One channel of a grouped convolution with 32 groups stands for 32 of its filters: with ``round_to=8`` its step is 1.
     """
-    if isinstance(round_to, bool) or not isinstance(round_to, int) or round_to < 1:
+    if isinstance(round_to, bool) or not isinstance(round_to, Integral) or round_to < 1:
         raise ValueError(f"keep_masks: round_to must be a whole number of at least 1, got {round_to!r}")
-    return {name: round_to // math.gcd(round_to, _filters(group)) for name, group in graph.groups.items()}
+    return {name: int(round_to) // math.gcd(round_to, _filters(group)) for name, group in graph.groups.items()}
 
 
 def _filters(group: Group) -> int:
@@ -207,8 +208,9 @@ class Budget:
                 f"got {' and '.join(given) or 'none'}"
             )
         (self.name, value), *_ = given.items()
-        if isinstance(value, bool) or not isinstance(value, (int, float, np.number)) or not 0 < value < math.inf:
-            raise ValueError(f"budget: expected {self.name} above 0, got {value!r}")
+        if isinstance(value, bool) or not isinstance(value, Real) or not 0 < value < math.inf:
+            share = "" if self.name == "target_latency_ms" else ", at most 1 for a share of the model's"
+            raise ValueError(f"budget: expected {self.name} to be a finite number above 0{share}, got {value!r}")
         if latency_inputs is not None and target_latency_ms is None:
             raise ValueError("budget: latency_inputs goes with target_latency_ms; leave it out")
         self.target = given
@@ -275,7 +277,7 @@ class Budget:
     def _unreachable(self, ranking: Ranking, allowed: Limits) -> str:
         least = self._count(ranking)(self._smallest(ranking, allowed))
         return (
-            f"budget: {self.name} asks for {self.limit:,.0f} {_WHAT[self.what]}, but the smallest network that "
+            f"budget: {self.name} asks for {self.limit:,.12g} {_WHAT[self.what]}, but the smallest network that "
             f"min_keep, max_ratio, round_to, the groups left out and the layers left alone allow has {least:,} "
             f"({least / self.dense[self.what]:.4f} of the dense one); ask for more, or loosen them"
         )

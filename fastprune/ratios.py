@@ -13,6 +13,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
+from numbers import Real
 from pathlib import Path
 from typing import Any
 
@@ -229,7 +230,7 @@ def inherited(
 
 def _parse(ratio: Ratio) -> float | list[float] | list[tuple[str, int, int, float]] | dict[str, float]:
     """A number, ratios by stage, (text, first, last, ratio) by index, or ratios by name."""
-    if isinstance(ratio, (int, float)):
+    if isinstance(ratio, Real):
         return _number(ratio, "")
     if isinstance(ratio, Mapping):
         for key in ratio:
@@ -239,7 +240,7 @@ def _parse(ratio: Ratio) -> float | list[float] | list[tuple[str, int, int, floa
     if not isinstance(ratio, (str, Sequence)):
         raise ValueError(f"ratio: expected {_FORMS}; got {type(ratio).__name__}")
     if not isinstance(ratio, str):  # as YAML reads the lists
-        if all(isinstance(r, (int, float)) for r in ratio):
+        if all(isinstance(r, Real) for r in ratio):
             return [_number(r, f" in entry {i}") for i, r in enumerate(ratio)]
         ratio = "[" + ",".join(str(r) for r in ratio) + "]"
     pieces = _pieces(ratio, "ratio", _FORMS)

@@ -14,6 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from fnmatch import fnmatchcase
+from numbers import Integral, Real
 from typing import NamedTuple
 
 import numpy as np
@@ -69,14 +70,14 @@ def limits(
         raise ValueError(f"keep_masks: min_keep must be at least 1, got {min_keep}")
     asked = max_ratio if isinstance(max_ratio, Mapping) else {} if max_ratio is None else {"*": max_ratio}
     for pattern, r in asked.items():
-        if isinstance(r, bool) or not isinstance(r, (int, float)) or not 0 <= r <= 1:
+        if isinstance(r, bool) or not isinstance(r, Real) or not 0 <= r <= 1:
             raise ValueError(
                 f"keep_masks: expected 0 <= max_ratio <= 1 (the most that may go) for {pattern!r}, got {r!r}"
             )
     most = _by_name(sizes, asked, 1.0) if isinstance(max_ratio, Mapping) else dict.fromkeys(sizes, asked.get("*", 1.0))
     steps = round_to if isinstance(round_to, Mapping) else dict.fromkeys(sizes, 1 if round_to is None else round_to)
     for step in steps.values():
-        if isinstance(step, bool) or not isinstance(step, (int, np.integer)) or step < 1:
+        if isinstance(step, bool) or not isinstance(step, Integral) or step < 1:
             raise ValueError(f"keep_masks: round_to must be a whole number of at least 1, got {step!r}")
     size = np.array([*sizes.values()], np.int64)
     # 0.29 * 100 is 28.999999999999996
@@ -171,7 +172,7 @@ def _ratios(scores: Mapping[str, Tensor], ratio: float | Mapping[str, float]) ->
     """The ratio of every group."""
     asked = ratio if isinstance(ratio, Mapping) else {"*": ratio}
     for pattern, r in asked.items():
-        if not isinstance(r, (int, float)) or not 0 <= r < 1:
+        if not isinstance(r, Real) or not 0 <= r < 1:
             where = f" for {pattern!r}" if isinstance(ratio, Mapping) else ""
             raise ValueError(f"keep_masks: expected 0 <= ratio < 1{where} (the share removed), got {r!r}")
     return _by_name(scores, asked, 0.0) if isinstance(ratio, Mapping) else dict.fromkeys(scores, ratio)

@@ -275,6 +275,19 @@ def test_bad_multiples(value):
         fp.keep_masks(scores, 0.5, round_to=value)
 
 
+def test_numbers_may_be_numpys():
+    graph = trace(net := small_net(), X)
+    scores = {name: torch.rand(g.size) for name, g in graph.groups.items()}
+    target, limits = {"target_macs": np.float32(0.5)}, {"round_to": np.int64(4), "max_ratio": np.float32(0.75)}
+    keep = keep_masks(scores, graph, net, X, **target, **limits)
+    expected = keep_masks(scores, graph, net, X, target_macs=0.5, round_to=4, max_ratio=0.75)
+    assert all(torch.equal(mask, expected[name]) for name, mask in keep.items())
+    keep = fp.keep_masks(scores, np.float32(0.5), **limits)
+    expected = fp.keep_masks(scores, 0.5, round_to=4, max_ratio=0.75)
+    assert all(torch.equal(mask, expected[name]) for name, mask in keep.items())
+    assert fp.create("l1", net, X, ratio=np.float32(0.5)).ratio == 0.5
+
+
 def test_bad_shares():
     graph = trace(net := small_net(), X)
     scores = {name: torch.rand(g.size) for name, g in graph.groups.items()}
@@ -293,7 +306,7 @@ def test_targets_that_make_no_sense():
     graph = trace(net, X)
     scores = {name: torch.rand(g.size) for name, g in graph.groups.items()}
     for value in (0, -1.0, True, float("nan"), float("inf"), "half"):
-        with pytest.raises(ValueError, match="expected target_macs above 0"):
+        with pytest.raises(ValueError, match="expected target_macs to be a finite number above 0, at most 1 for"):
             keep_masks(scores, graph, net, X, target_macs=value)
     with pytest.raises(ValueError, match=r"expected one of .* got target_macs and target_params"):
         keep_masks(scores, graph, net, X, target_macs=0.5, target_params=0.5)
