@@ -60,7 +60,7 @@ def create(
         name: One of :data:`METHODS`; of Taylor's criteria also their number, such as 22.
         model: Traced once with ``example_inputs``.  Methods on gates make each ``nn.BatchNorm2d`` that has a gate a
             :class:`fastprune.nn.BatchNormAct2d`, in place and with the same function; else it is unchanged.
-        example_inputs: A tensor or a tuple of arguments for ``model``, on its device.
+        example_inputs: A tensor, a tuple of positional or a dict of keyword arguments for ``model``, on its device.
         ratio: Share of the channels to remove, 0 <= ratio < 1; or shares by stage, layer index, name or pattern, see
             :mod:`fastprune.ratios`.  None: 0.5, unless there is a target.
         target_macs, target_params: In place of a ratio: what the pruned model may have at most of multiply-accumulates
