@@ -21,8 +21,8 @@ from torch import Tensor, nn
 from fastprune import backends
 from fastprune.errors import ExportError, did_you_mean
 from fastprune.nn import Gate
-from fastprune.plain import distance, expect_eager, to_plain
-from fastprune.surgery import call, leaves, map_tensors
+from fastprune.plain import expect_eager, to_plain
+from fastprune.surgery import call, distance, leaves, map_tensors
 
 FORMATS = {"torch.export": ".pt2", "onnx": ".onnx"}
 TOLERANCE, TIMES_EAGER = 1e-5, 10  # see export

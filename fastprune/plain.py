@@ -26,7 +26,7 @@ from fastprune import backends
 from fastprune.errors import GraphError
 from fastprune.nn import BatchNormAct2d, Gate, MaskedConv2d, SigmoidBatchNorm2d, SyncBatchNormAct2d, unfuse
 from fastprune.nn.fuse import _Fused, trace_forwards
-from fastprune.surgery import TOLERANCE, call, first_shapes, keep_lists, leaves, map_tensors, record_keep
+from fastprune.surgery import TOLERANCE, call, distance, first_shapes, keep_lists, leaves, map_tensors, record_keep
 
 _OURS = (BatchNormAct2d, MaskedConv2d, Gate)
 _EXACT = (*_OURS, SigmoidBatchNorm2d, SyncBatchNormAct2d)
@@ -663,15 +663,3 @@ def _stir(norm: _BatchNorm, generator: torch.Generator) -> None:
         for p in (norm.weight, norm.bias):
             if p is not None:
                 p.add_(0.3 * noise(p))
-
-
-def distance(got: list[Tensor], expected: list[Tensor]) -> float:
-    """Largest difference relative to the largest value, of any tensor; infinite where anything else is amiss."""
-    if [t.shape for t in got] != [t.shape for t in expected]:
-        return float("inf")
-    worst = 0.0
-    for a, b in zip(got, expected, strict=True):
-        if b.numel():
-            gap = float((a.double() - b.double()).abs().max())
-            worst = max(worst, gap / max(float(b.double().abs().max()), 1e-300) if gap == gap else float("inf"))
-    return worst

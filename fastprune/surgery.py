@@ -473,14 +473,14 @@ def compare(
             other, b = next(theirs, ("", out))
             a = _first(out)
             if other == name and a.shape == b.shape:  # else channels lie along another axis too; others will tell
-                gaps.append((_distance([a], [b]), name))
+                gaps.append((distance([a], [b]), name))
 
         running: list[str] = []
         try:
             torch.manual_seed(seed)
             with _watched(shrunk, compare_layer, running):
                 got = leaves(call(shrunk, inputs))
-            gaps.append((_distance(got, expected), ""))
+            gaps.append((distance(got, expected), ""))
             if first := next(((gap, name) for gap, name in gaps if gap > tolerance), None):
                 return Difference(
                     *first, f"{_differs(first[1])} (relative difference {first[0]:.1e}{precision.words()})"
@@ -518,8 +518,8 @@ def _kept_outputs(m: nn.Module, out: Tensor, dims_of: dict[int, dict[int, Tensor
     return out.index_select(axis, stays.to(out.device))
 
 
-def _distance(got: list[Tensor], expected: list[Tensor]) -> float:
-    """Largest difference relative to the largest value; infinity if anything else does not match."""
+def distance(got: list[Tensor], expected: list[Tensor]) -> float:
+    """Largest difference relative to the largest value, of any tensor; infinite where anything else is amiss."""
     if [t.shape for t in got] != [t.shape for t in expected]:
         return float("inf")
     worst = 0.0
