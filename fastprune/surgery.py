@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import random
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from contextlib import ExitStack, contextmanager
 from dataclasses import is_dataclass
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
@@ -438,8 +440,8 @@ def compare(
         plan: What the shrunk copy keeps.
         mask: Zeroes in a copy what ``plan`` removes.
         example_inputs: A tensor, a tuple of positional or a dict of keyword arguments.
-        training: Run the shrunk copy in training mode, too, where other branches may run; nothing is compared there,
-            for dropout draws other numbers.
+        training: Run the shrunk copy in training mode, too, where other branches may run.  Outputs are compared
+            there, to a coarse tolerance, unless the model draws random numbers besides those of dropout layers.
         seed: Of all random numbers.
 
     Returns: How far the shrunk copy is from the masked one; a gap is infinite if it does not run.
@@ -450,6 +452,9 @@ def compare(
     devices = {p.device.index for p in model.parameters() if p.device.type == "cuda"}
     with torch.inference_mode(False), torch.no_grad(), torch.random.fork_rng(devices=sorted(devices)):
         masked, inputs = _stirred(model, example_inputs, seed)
+        for m in masked.modules():
+            if isinstance(m, nn.modules.dropout._DropoutNd):
+                m.p = 0.0  # so that training draws no numbers, if nothing else does
         shrunk = copy.deepcopy(masked)
         shrink(shrunk, plan)
         mask(masked)
@@ -462,6 +467,7 @@ def compare(
         torch.manual_seed(seed)
         with _Precision() as precision, _watched(masked, note):
             expected = leaves(call(masked, inputs))
+        trained = _trained(masked, inputs, devices, seed) if training else None
         del masked
         if not all(t.isfinite().all() for t in expected if t.is_floating_point()):
             raise GraphError("the model's output is not finite on example_inputs, so a proof would say nothing")
@@ -486,13 +492,39 @@ def compare(
                     *first, f"{_differs(first[1])} (relative difference {first[0]:.1e}{precision.words()})"
                 )
             if training:
+                torch.manual_seed(seed)
                 with _watched(shrunk.train(), lambda *_: None, running):
-                    call(shrunk, inputs)
+                    got = leaves(call(shrunk, inputs))
+                if trained is not None and not (gap := distance(got, trained)) <= COARSE:
+                    return Difference(gap, "", f"{_differs('')} in training mode (relative difference {gap:.1e})")
         except Exception as e:
             where = running[-1] if running else ""
             mode = " in training mode" if shrunk.training else ""
             return Difference(float("inf"), where, f"{_differs(where)}{mode}: {type(e).__name__}: {e}")
     return Difference(max(gap for gap, _ in gaps))
+
+
+def _trained(model: nn.Module, inputs: Any, devices: Set[int], seed: int) -> list[Tensor] | None:
+    """What a model returns in training mode; None if that tells nothing.
+
+    So it is if it draws random numbers, for a smaller one draws others, or does not compute in float64.
+    """
+
+    def drawn() -> list[bytes]:
+        python, numpy = repr(random.getstate()).encode(), np.random.get_state(legacy=False)["state"]
+        states = [torch.get_rng_state(), *(torch.cuda.get_rng_state(d) for d in sorted(devices))]
+        return [python, numpy["key"].tobytes(), bytes([numpy["pos"] % 256]), *(s.numpy().tobytes() for s in states)]
+
+    torch.manual_seed(seed)
+    before = drawn()
+    try:
+        with _Precision() as precision:
+            out = leaves(call(model.train(), inputs))
+    except Exception:  # of the masked model, and so of the model: nothing to compare by
+        return None
+    finite = all(t.isfinite().all() for t in out if t.is_floating_point())
+    # in float32, norms over few values of a batch blow rounding up
+    return out if finite and drawn() == before and precision.lowest == torch.float64 else None
 
 
 def _differs(where: str) -> str:

@@ -360,6 +360,32 @@ def test_branches_of_training_must_run():
     assert model.first.out_channels == 8 and model.training
 
 
+@pytest.mark.parametrize("drop", [nn.Identity(), nn.Dropout(0.3)])
+def test_branches_of_training_must_compute_the_same(drop):
+    def branch(m, x):
+        return m.conv(m.drop(x) * (1 + x.shape[1] / 8 if m.training else 1))
+
+    model, x = Net(Lambda(branch, conv=nn.Conv2d(8, 7, 1), drop=drop), 7), torch.randn(2, 3, 16, 16)
+    with pytest.raises(GraphError, match=r"the model does not compute .* in training mode \(relative difference"):
+        compact(model, {"first": torch.arange(8) < 5}, x)
+    assert model.first.out_channels == 8
+
+
+def test_a_number_that_means_something_else_in_training_is_left_alone():
+    class Chance(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.width, self.factor, self.out = 8, 8, nn.Conv2d(8, 7, 1)
+
+        def forward(self, x):
+            y = x.flatten(2).view(len(x), self.width, *x.shape[2:])
+            return self.out(y / self.factor if self.training else y)
+
+    model, x = Net(Chance(), 7), torch.randn(2, 3, 16, 16)
+    compact(model, uneven_keep(trace(model, x)), x)
+    assert model.middle.factor == 8
+
+
 def test_a_width_in_a_users_code_is_named():
     class Scale(nn.Module):
         def __init__(self):
