@@ -36,7 +36,8 @@ def compact(
         example_inputs: As for ``trace``: a tensor, a tuple of positional or a dict of keyword arguments.
         optimizer: One or several, whose state is cut along with the parameters, so that the next step is the masked
             model's: every optimizer of ``torch.optim`` but LBFGS and Adafactor, :class:`fastprune.optim.GrowingSGD`,
-            and others that keep tensors of the parameter's shape.
+            and others that keep tensors of the parameter's shape.  (Muon keeps its momentum, but its step depends on
+            the whole matrix.)
         ema: One or several modules that hold a copy of the model, cut in the same way, buffers included:
             ``torch.optim.swa_utils.AveragedModel``, timm's ``ModelEmaV3`` or your own.
         check: Prove the result first, on float64 copies (see :func:`prove`); memory for two float64 models.

@@ -458,11 +458,13 @@ def compare(
         shrunk = copy.deepcopy(masked)
         shrink(shrunk, plan)
         mask(masked)
-        layers: list[tuple[str, Tensor]] = []  # of the masked model: what the shrunk one has too, of two samples
+        # of the masked model: layer, number of samples, and what the shrunk one has too, of two of them
+        layers: list[tuple[str, int, Tensor]] = []
         dims_of = {id(t): plan[name] for name, t in named_tensors(masked).items() if name in plan}
 
         def note(name: str, m: nn.Module, out: Tensor) -> None:
-            layers.append((name, _first(_kept_outputs(m, out, dims_of)).clone()))  # an in-place activation may follow
+            kept = _first(_kept_outputs(m, out, dims_of))
+            layers.append((name, len(out), kept.clone()))  # an in-place activation may follow
 
         torch.manual_seed(seed)
         with _Precision() as precision, _watched(masked, note):
@@ -476,9 +478,10 @@ def compare(
         theirs = iter(layers)
 
         def compare_layer(name: str, m: nn.Module, out: Tensor) -> None:
-            other, b = next(theirs, ("", out))
+            other, samples, b = next(theirs, ("", 0, out))
             a = _first(out)
-            if other == name and a.shape == b.shape:  # else channels lie along another axis too; others will tell
+            # else channels lie along another axis, too, and others will tell
+            if other == name and samples == len(out) and a.shape == b.shape:
                 gaps.append((distance([a], [b]), name))
 
         running: list[str] = []

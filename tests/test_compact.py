@@ -453,6 +453,19 @@ def test_training_goes_on_while_an_earlier_loss_is_alive():
     assert all(p.grad.shape == p.shape for p in model.parameters()) and loss.isfinite()
 
 
+def test_layers_that_take_channels_for_samples_are_no_difference():
+    """A layer runs on each channel alone: the first two of its samples are other channels in the shrunk model."""
+
+    def run(m, x):
+        n, c, h, w = x.shape
+        return m.conv(m.each(x.reshape(n * c, 1, h, w)).amax(1).reshape(n, c, h, w))
+
+    model = Net(Lambda(run, each=nn.Conv2d(1, 4, 3, padding=1), conv=nn.Conv2d(8, 7, 1)), 7)
+    x = torch.randn(2, 3, 16, 16)
+    compact(model, {"first": torch.arange(8) % 2 == 1}, x)
+    assert model.first.out_channels == 4
+
+
 def test_tokens_and_masks_as_inputs():
     """Integers and bools stay what they are in the proof's float64 copies; inputs by keyword."""
 
