@@ -266,7 +266,10 @@ def _write_onnx(
     try:
         with _quiet():
             shapes = _dynamic(args, kwargs, _BATCH) if dynamic_batch else None
-            made = torch.onnx.export(program, dynamo=True, opset_version=opset, dynamic_shapes=shapes, verbose=False)
+            made = torch.onnx.export(
+                program, dynamo=True, opset_version=opset, dynamic_shapes=shapes, verbose=False,
+                output_names=_output_names(program),
+            )  # fmt: skip
             weights = sum(t.numel() * t.element_size() for t in program.state_dict.values())
             made.save(str(file), external_data=weights > _ONE_FILE)
     except Exception as e:
@@ -278,6 +281,16 @@ def _write_onnx(
         {v.name: _shape(v.shape) for v in values} for values in (made.model.graph.inputs, made.model.graph.outputs)
     )
     return version, inputs, outputs
+
+
+def _output_names(program: Any) -> list[str] | None:
+    """The keys of a model that returns a dict of tensors; None: whatever the exporter calls them."""
+    spec, signature = program.call_spec.out_spec, program.graph_signature
+    named = spec.unflatten(range(spec.num_leaves))
+    if not isinstance(named, dict) or not all(isinstance(value, int) for value in named.values()):
+        return None
+    free = all(isinstance(key, str) and key not in signature.user_inputs for key in named)
+    return list(named) if free and all(isinstance(name, str) for name in signature.user_outputs) else None
 
 
 def _shape(sizes: Any) -> tuple[int | str, ...]:

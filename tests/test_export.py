@@ -109,6 +109,24 @@ def test_several_inputs_and_outputs(suffix, tmp_path):
     assert list(report.outputs.values()) == [("batch", 4), ("batch", 4)]
 
 
+@pytest.mark.parametrize("names", [("out", "features"), ("out", "image"), (0, 1)])
+def test_outputs_in_a_dictionary_keep_their_names(names, tmp_path):
+    """Unless ONNX has no such names: those of inputs, or numbers."""
+
+    class Named(nn.Conv2d):
+        def forward(self, image: torch.Tensor) -> dict[str | int, torch.Tensor]:
+            y = super().forward(image)
+            return dict(zip(names, (y.mean((2, 3)), y), strict=True))
+
+    model, x = Named(3, 4, 3), torch.randn(2, 3, 8, 8)
+    outputs = fp.export(model, tmp_path / "m.onnx", x).outputs
+    assert list(outputs.values()) == [("batch", 4), ("batch", 4, 6, 6)]
+    assert (tuple(outputs) == names) == (names == ("out", "features"))
+    session = pytest.importorskip("onnxruntime").InferenceSession(tmp_path / "m.onnx")
+    got = session.run(list(outputs), {"image": x.numpy()})
+    assert all(torch.allclose(torch.from_numpy(a), t, atol=1e-5) for a, t in zip(got, model(x).values(), strict=True))
+
+
 def test_one_image_and_a_fixed_batch(tmp_path):
     path, x = tmp_path / "m.pt2", torch.randn(1, 3, 8, 8)
     assert fp.export(net(), path, (x,)).inputs.popitem()[1] == ("batch", 3, 8, 8)
