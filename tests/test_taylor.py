@@ -248,6 +248,34 @@ def test_what_is_cut_stays_zero(bound, optim):
     torch.testing.assert_close(model(x), masked, rtol=1e-4, atol=1e-5)
 
 
+def test_an_average_shrinks_along():
+    """To what an average of the masked model becomes when both are cut at the end."""
+    averages = []
+    for shrink_every in (1, 0):
+        torch.manual_seed(0)
+        model = fp.nn.convert_batchnorm(fp.models.create("resnet20").double())
+        x, y = torch.randn(6, 8, 3, 16, 16, dtype=torch.float64), torch.randint(10, (6, 8))
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.02, momentum=0.9)
+        options = {"per_cut": 30, "frequency": 2, "max_removed": 60, "shrink_every": shrink_every}
+        method = fp.create("taylor-gate", model, x[0, :2], **options)
+        average = torch.optim.swa_utils.get_ema_multi_avg_fn(0.9)
+        ema = torch.optim.swa_utils.AveragedModel(model, multi_avg_fn=average, use_buffers=True)
+        for images, labels in zip(x, y, strict=True):
+            loss = F.cross_entropy(model(images), labels) + method.penalty()
+            optimizer.zero_grad()
+            loss.backward()
+            method.step(optimizer, loss, ema=ema)
+            ema.update_parameters(model)
+        assert method.finished
+        if not shrink_every:
+            fp.compact(model, method.keep_masks(), x[0, :2], ema=ema)
+        averages.append(ema.module)
+    whole = sum(p.numel() for p in fp.models.create("resnet20").parameters())
+    assert sum(p.numel() for p in averages[0].parameters()) < whole
+    for (name, a), b in zip(averages[0].named_parameters(), averages[1].parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9, msg=name)
+
+
 @pytest.mark.parametrize("name", ["taylor-gate", "taylor-random", "fisher"])
 @pytest.mark.parametrize("shrink_every", [0, 1])
 def test_resumed_run_is_the_uninterrupted_one(name, shrink_every, tmp_path):

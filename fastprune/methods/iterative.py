@@ -14,7 +14,7 @@ from fastprune.compact import compact
 from fastprune.cutting import CutSchedule, IterativeCuts
 from fastprune.methods.base import Method, Options
 from fastprune.parallel import mean_over_processes
-from fastprune.surgery import shrink
+from fastprune.surgery import Copies, shrink
 
 
 @dataclass(frozen=True)
@@ -104,8 +104,18 @@ class IterativeMethod(Method):
         raise NotImplementedError
 
     def step(
-        self, optimizer: torch.optim.Optimizer, loss: Tensor | None = None, scaler: torch.amp.GradScaler | None = None
+        self,
+        optimizer: torch.optim.Optimizer,
+        loss: Tensor | None = None,
+        scaler: torch.amp.GradScaler | None = None,
+        *,
+        ema: Copies = None,
     ) -> None:
+        """As :meth:`Method.step`; ``ema``, averaged copies of the model, get smaller along with it, as by ``compact``.
+
+        Raises:
+            ValueError: An enabled ``scaler``, or no loss where ``loss_threshold`` wants it.
+        """
         if scaler is not None and scaler.is_enabled():
             raise ValueError(
                 f"{self.name}: its scores are made of gradients, which a GradScaler scales; use bfloat16 without one"
@@ -127,7 +137,7 @@ class IterativeMethod(Method):
                 loss = mean_over_processes(loss)
             self.cuts.add(criterion, loss)
             if self.cuts.due:
-                self._cut(self.cuts.cut(), optimizer)
+                self._cut(self.cuts.cut(), optimizer, ema)
 
     def scores(self) -> dict[str, Tensor]:
         """Of the last cut, of all steps so far, or of now, (C,) float64 by group."""
@@ -166,7 +176,7 @@ class IterativeMethod(Method):
     # Cutting
 
     @torch.no_grad()
-    def _cut(self, keep: dict[str, Tensor], optimizer: torch.optim.Optimizer) -> None:
+    def _cut(self, keep: dict[str, Tensor], optimizer: torch.optim.Optimizer, ema: Copies) -> None:
         for name, mask in keep.items():
             self._keep[name] = mask.cpu()
         self._mask(optimizer)
@@ -180,7 +190,7 @@ class IterativeMethod(Method):
             )
         every = self.options.shrink_every
         if every and (self._cuts_since_shrink >= every or self.finished):
-            self._shrink(optimizer)
+            self._shrink(optimizer, ema)
         if self.finished:
             self.after_last_cut(optimizer)
 
@@ -200,11 +210,11 @@ class IterativeMethod(Method):
         self.graph.mask_(self.model, {name: self._keep[name] for name in self.groups})
         self.hold(self.masks(self.dead()), optimizer)
 
-    def _shrink(self, optimizer: torch.optim.Optimizer) -> None:
+    def _shrink(self, optimizer: torch.optim.Optimizer, ema: Copies) -> None:
         keep = {name: self._keep[name] for name in self.groups if not self._keep[name].all()}
         self._cuts_since_shrink = 0
         if keep:
-            compact(self.model, keep, self.example_inputs, optimizer=optimizer, graph=self.graph)
+            compact(self.model, keep, self.example_inputs, optimizer=optimizer, ema=ema, graph=self.graph)
             self._follow(keep, optimizer)
 
     def _follow(self, keep: dict[str, Tensor], optimizer: torch.optim.Optimizer | None) -> None:
