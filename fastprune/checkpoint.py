@@ -107,6 +107,8 @@ def save(
         ValueError: The model has state that is no plain tensor, or an argument does not go into JSON.
         CheckpointError: The file cannot be written; an older one is still whole.
     """
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"save: expected an nn.Module and a path, got {type(model).__name__} first")
     model = _unwrapped(model)
     tensors, shared = _tensors_of(model)
     kept, shapes = keep_lists(model), first_shapes(model)

@@ -428,9 +428,10 @@ def _watch(tracer: Tracer, model: nn.Module, example_inputs: Any) -> str | None:
             with tracer, noted, _unfused_attention(), backends.force("eager", "masked_conv2d"):
                 out = call(model, inputs)
         except Exception as e:
+            reason = f"{type(e).__name__}: {str(e).strip().partition(chr(10))[0]}"  # PyTorch lists all overloads
             if not training:
-                raise GraphError(f"trace: the model does not run on example_inputs: {type(e).__name__}: {e}") from e
-            return f"{type(e).__name__}: {e}"
+                raise GraphError(f"trace: the model does not run on example_inputs: {reason}") from e
+            return reason
         outputs = leaves(out)
         if not outputs:
             raise GraphError(f"trace: expected the model to return tensors, got {type(out).__name__}")

@@ -136,6 +136,8 @@ class _Plan:
 
 
 def expect_eager(model: nn.Module, function: str) -> None:
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"{function}: expected an nn.Module, got {type(model).__name__}")
     if hasattr(model, "_orig_mod"):
         raise ValueError(f"{function}: expected an eager module, got the result of torch.compile; use its ._orig_mod")
     if isinstance(model, nn.parallel.DistributedDataParallel):

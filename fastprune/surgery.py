@@ -80,8 +80,11 @@ def check_plain(model: nn.Module, who: str) -> None:
     """Refuse wrappers whose inside cannot be seen, or keeps sizes of its own.
 
     Raises:
-        ValueError: The model, or a part of it, is compiled, distributed, on the meta device or not yet initialised.
+        ValueError: It is no module, or it or a part of it is compiled, distributed, on the meta device or not yet
+            initialised.
     """
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"{who}: expected an nn.Module, got {type(model).__name__}")
     wrappers = (nn.parallel.DistributedDataParallel, nn.DataParallel)
     for name, m in model.named_modules():
         part = f"its part {name!r}" if name else "it"

@@ -540,6 +540,7 @@ class Stateful(nn.Linear):
 
 
 REFUSED = [
+    (lambda: "x.safetensors", {}, r"save: expected an nn.Module and a path, got str first"),
     (lambda: Stateful(2, 2), {}, r"state_dict to be the model's parameters and buffers, got '_extra_state' besides"),
     (lambda: nn.LazyLinear(2), {}, r"expected weight to be a dense tensor .* got UninitializedParameter"),
     (lambda: nn.Linear(2, 2, device="meta"), {}, r"expected weight to be a dense tensor .* meta"),

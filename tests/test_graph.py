@@ -649,6 +649,7 @@ def test_masking_zeroes_what_goes_and_nothing_else():
 
 @pytest.mark.parametrize("model, x, error, message", [
     (PATTERNS["residual"], torch.randn(2, 4, 16, 16), GraphError, r"does not run on example_inputs: RuntimeError"),
+    (PATTERNS["residual"], (None,), GraphError, r"TypeError: conv2d\(\) received .* but expected one of:$"),
     (lambda: Lambda(lambda m, x: "logits"), X, GraphError, r"expected the model to return tensors, got str"),
     (lambda: nn.LazyConv2d(4, 1), X, ValueError, r"lazy parameters; run it once on example_inputs first"),
     (lambda: torch.compile(nn.Conv2d(3, 4, 1), backend="eager"), X, ValueError, r"trace before compiling"),

@@ -322,6 +322,8 @@ def test_arguments_in_words():
     for function in (fp.to_plain, fp.fold):
         with pytest.raises(ValueError, match=r"torch\.compile; use its \._orig_mod"):
             function(compiled, torch.randn(2, 3, 8, 8))
+        with pytest.raises(ValueError, match=r"expected an nn\.Module, got str"):
+            function("resnet20", torch.randn(2, 3, 8, 8))
     with pytest.raises(ValueError, match=r"expected a model in eval mode"):
         fp.fold(nn.Sequential(conv(), bounded()), torch.randn(2, 3, 8, 8))
     with pytest.raises(GraphError, match=r"a float64 copy of the model does not run"):

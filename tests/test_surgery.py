@@ -555,6 +555,7 @@ UNFIT = {
     "compiled in place": (compiled_in_place, r"but it was compiled; compact before compiling"),
     "parallel": (lambda: nn.DataParallel(network()), r"it is a DataParallel, .* pass its .module, and wrap what comes"),
     "meta": (lambda: network().to("meta"), r"first.weight is on the meta device, .* load the weights first"),
+    "no module": (lambda: "resnet20", r"expected an nn.Module, got str"),
     "inference": (made_for_inference, r"first.weight was made under torch.inference_mode .* make it outside"),
 }
 
