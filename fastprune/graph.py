@@ -339,11 +339,11 @@ def trace(model: nn.Module, example_inputs: Any, *, strict: bool | None = None) 
     if tracer.unknown:
         ops = "; ".join(f"{op} {why}" for op, why in tracer.unknown.items())
         warnings.warn(f"trace: {ops}; the channels that reach it stay unpruned (see register_rule)", stacklevel=2)
-    if idle and graph.train_error:
+    if idle:
+        also = f"; the forward in training mode failed ({graph.train_error})" if graph.train_error else ""
         warnings.warn(
-            f"trace: {', '.join(sorted(idle))} never ran, and the forward in training mode failed "
-            f"({graph.train_error}); layers that only run in training may not fit the pruned model: "
-            "give example_inputs that can be trained on",
+            f"trace: {', '.join(sorted(idle))} never ran{also}; what runs only in training or on other inputs may not "
+            "fit the pruned model: give example_inputs that it runs on",
             stacklevel=2,
         )
     return graph
@@ -352,7 +352,7 @@ def trace(model: nn.Module, example_inputs: Any, *, strict: bool | None = None) 
 def _trace(
     model: nn.Module, example_inputs: Any, strict: bool, refused: Set[type], sealed: Set[type]
 ) -> tuple[Tracer, ChannelGraph, set[str]]:
-    """Watch the model once; also returns the modules whose parameters no op has read."""
+    """Watch the model once; also returns the modules none of whose parameters an op has read."""
     tracer = Tracer(rule_of, strict=strict, refused=refused, sealed=sealed)
     convs = [m for m in model.modules() if isinstance(m, nn.modules.conv._ConvNd)]
     masks = {id(b) for m in convs if isinstance(m, MaskedConv2d) for b in m.buffers(recurse=False)}  # cut like weights
@@ -366,7 +366,8 @@ def _trace(
             train_error = _watch(tracer, model, example_inputs)
         finally:
             unread = tracer.finish()
-    idle = {name.rpartition(".")[0] for name, _ in model.named_parameters() if name in unread}
+    owners = {name: name.rpartition(".")[0] for name, _ in model.named_parameters()}
+    idle = set(owners.values()) - {owner for name, owner in owners.items() if name not in unread}
     return tracer, _assemble(tracer, model, train_error), idle
 
 

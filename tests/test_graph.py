@@ -138,6 +138,7 @@ def test_a_layer_that_feeds_two_groups_gets_two_names():
     assert graph.frozen["middle.gate"] == "it is added to channels of zero padding (3 of 9 channels)"
 
 
+@pytest.mark.filterwarnings("ignore:trace. a never ran")
 def test_one_layer_two_groups():
     """The halves of one convolution that go different ways are told apart by their names."""
 
@@ -626,9 +627,18 @@ def test_training_that_cannot_run_is_kept_in_words():
     model = Head()
     graph = trace(model, X)
     assert graph.train_error is None and graph.groups["body"].consumers == ("fc", "aux")
-    with pytest.warns(UserWarning, match=r"trace: aux never ran, and the forward in training mode failed \(ValueError"):
+    with pytest.warns(UserWarning, match=r"trace: aux never ran; the forward in training mode failed \(ValueError"):
         graph = trace(model, X[:1])
     assert "more than 1 value per channel" in graph.train_error and graph.groups["body"].consumers == ("fc",)
+
+
+def test_layers_that_only_run_on_other_inputs_are_named():
+    def run(m, x):
+        return m.conv(m.wide(x) if x.shape[-1] > 16 else x)
+
+    model = middle(run, wide=nn.Conv2d(8, 8, 1), conv=nn.Conv2d(8, 7, 1))
+    with pytest.warns(UserWarning, match=r"trace: middle.wide never ran; what runs .* on other inputs may not fit"):
+        trace(model, X)
 
 
 def test_masking_zeroes_what_goes_and_nothing_else():
