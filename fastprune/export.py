@@ -21,8 +21,8 @@ from torch import Tensor, nn
 from fastprune import backends
 from fastprune.errors import ExportError, did_you_mean
 from fastprune.nn import Gate
-from fastprune.plain import expect_eager, to_plain
-from fastprune.surgery import call, distance, leaves, map_tensors
+from fastprune.plain import to_plain
+from fastprune.surgery import call, check_plain, distance, leaves, map_tensors
 
 FORMATS = {"torch.export": ".pt2", "onnx": ".onnx"}
 TOLERANCE, TIMES_EAGER = 1e-5, 10  # see export
@@ -112,7 +112,7 @@ def export(
         GraphError: The model cannot be made plain.
         ExportError: The exporter fails, a package is missing, or the file is not right.  Nothing was written.
     """
-    expect_eager(model, "export")
+    check_plain(model, "export")
     path = Path(path)
     format = _format(path, format, opset)
     args, kwargs = _arguments(model, example_inputs)

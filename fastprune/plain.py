@@ -26,7 +26,17 @@ from fastprune import backends
 from fastprune.errors import GraphError
 from fastprune.nn import BatchNormAct2d, Gate, MaskedConv2d, SigmoidBatchNorm2d, SyncBatchNormAct2d, unfuse
 from fastprune.nn.fuse import _Fused, trace_forwards
-from fastprune.surgery import TOLERANCE, call, distance, first_shapes, keep_lists, leaves, map_tensors, record_keep
+from fastprune.surgery import (
+    TOLERANCE,
+    call,
+    check_plain,
+    distance,
+    first_shapes,
+    keep_lists,
+    leaves,
+    map_tensors,
+    record_keep,
+)
 
 _OURS = (BatchNormAct2d, MaskedConv2d, Gate)
 _EXACT = (*_OURS, SigmoidBatchNorm2d, SyncBatchNormAct2d)
@@ -74,7 +84,7 @@ def to_plain(model: nn.Module, example_inputs: Any = None) -> nn.Module:
         ValueError: The model is compiled or distributed, or gates need ``example_inputs``.
         GraphError: Something cannot be made plain (it is named), or the proof fails.  Nothing was changed.
     """
-    expect_eager(model, "to_plain")
+    check_plain(model, "to_plain")
     return _make_plain(model, _plan(model, example_inputs))
 
 
@@ -105,7 +115,7 @@ def fold(model: nn.Module, example_inputs: Any) -> nn.Module:
     Warns:
         UserWarning: Once, naming the norms that stay and why.
     """
-    expect_eager(model, "fold")
+    check_plain(model, "fold")
     if model.training:
         raise ValueError(
             "fold: expected a model in eval mode, got one in training mode; folded norms cannot be trained. "
@@ -133,15 +143,6 @@ class _Plan:
 
     tails: dict[str, bool]  # norms with an act of their own or a residual; whether they are called with a residual
     gates: dict[str, str | None]  # gate to the layer that takes its factors; None: all are 1
-
-
-def expect_eager(model: nn.Module, function: str) -> None:
-    if not isinstance(model, nn.Module):
-        raise ValueError(f"{function}: expected an nn.Module, got {type(model).__name__}")
-    if hasattr(model, "_orig_mod"):
-        raise ValueError(f"{function}: expected an eager module, got the result of torch.compile; use its ._orig_mod")
-    if isinstance(model, nn.parallel.DistributedDataParallel):
-        raise ValueError(f"{function}: expected the module itself, got a DistributedDataParallel; use its .module")
 
 
 def _plan(model: nn.Module, example_inputs: Any) -> _Plan:
