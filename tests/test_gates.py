@@ -280,7 +280,8 @@ class Inverted(nn.Module):
         self.kind = kind
         self.expand = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU())
         self.depthwise = nn.Sequential(nn.Conv2d(8, 8, 3, padding=1, groups=8), nn.BatchNorm2d(8), nn.ReLU())
-        self.squeeze, self.excite = nn.Conv2d(8, 4, 1), nn.Conv2d(4, 8, 1)
+        if "factor" in kind:
+            self.squeeze, self.excite = nn.Conv2d(8, 4, 1), nn.Conv2d(4, 8, 1)
         self.project = nn.Conv2d(16 if kind == "ghost" else 8, 10, 1)
 
     def forward(self, x):

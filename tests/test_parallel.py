@@ -99,7 +99,7 @@ def refused(rank, x):
     try:
         method.step(torch.optim.SGD(model.parameters(), lr=0.1))
     except ValueError as e:
-        with pytest.raises(ValueError, match="trace: expected the module itself, got a DistributedDataParallel"):
+        with pytest.raises(ValueError, match="trace: expected the module itself, but it is a DistributedDataParallel"):
             fp.create("greg-1", nn.parallel.DistributedDataParallel(model), x)
         return str(e)
 
