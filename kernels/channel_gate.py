@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .batch_norm_act import TILE, _matrix, _num_warps, _pow2, _vector
+from ._bn_geometry import TILE, _matrix, _num_warps, _pow2, _vector
 
 
 @triton.jit

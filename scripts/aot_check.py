@@ -7,7 +7,7 @@ or is declared vectorised but reads global memory in pieces smaller than 16 byte
 
 A kernel file takes part by defining ``AOT_DTYPES`` and ``aot(dtype) -> [(label, kernel, args, config, vectorised)]``:
 ``args`` maps argument names to a type ("*bf16:16" is a pointer divisible by 16) or to a constant (None: tensor absent),
-``config`` holds the remaining constants and num_warps.
+``config`` holds the remaining constants and num_warps.  Files named ``_...`` hold parts of others.
 """
 
 from __future__ import annotations
@@ -108,6 +108,8 @@ def judge(facts: dict, dtype: str, vectorised: bool) -> str:
 def check(arches: list[str], dtypes: list[str] | None, only: str) -> list[dict]:
     rows = []
     for info in sorted(pkgutil.iter_modules(kernels.__path__, "kernels."), key=lambda info: info.name):
+        if info.name.startswith("kernels._"):
+            continue
         module = import_module(info.name)
         if not hasattr(module, "aot"):
             raise SystemExit(f"{info.name}: no aot(dtype); every kernel file must say what is compiled ahead of time")

@@ -79,10 +79,10 @@ def test_every_branch(dtype, layout, variant, backend):
 def few_programs(monkeypatch):
     """Triton's geometry for the interpreter, which pays per program; tests/test_triton_kernels.py has the real one."""
     if "triton" in BACKENDS and backends.INTERPRET:
-        from fastprune.kernels import batch_norm_act as kernels
+        from fastprune.kernels import _bn_geometry as geometry
 
         for name, value in {"PROGRAMS": 8, "TILE": 16384, "WIDE_TILE": 16384}.items():
-            monkeypatch.setattr(kernels, name, value)
+            monkeypatch.setattr(geometry, name, value)
 
 
 SIDES = {1: (1, 1), 49: (7, 7), 1024: (32, 32), 3136: (56, 56)}

@@ -28,6 +28,8 @@ if "triton" not in BACKENDS:
 
 import triton
 import triton.language as tl
+from fastprune.kernels import _bn_geometry as geometry
+from fastprune.kernels import _bn_tiles as bn_tiles
 from fastprune.kernels import batch_norm_act as kernels
 from fastprune.kernels import growing_sgd as sgd
 from fastprune.kernels import scale_penalty as penalty
@@ -47,13 +49,13 @@ TURNS = [
 def split(monkeypatch):
     """Several small chunks per channel, several tiles per chunk."""
     for name, value in SPLIT.items():
-        monkeypatch.setattr(kernels, name, value)
+        monkeypatch.setattr(geometry, name, value)
 
 
 def parts(shape, layout, itemsize, per_sample):
     """Chunks per channel, tiles per chunk, and joined rows of a sums kernel."""
     N, C, H, W = shape
-    (_, parts_n, parts_s), sizes, cfg, repeat = kernels._split(N, C, H * W, layout == "nhwc", itemsize, per_sample)
+    (_, parts_n, parts_s), sizes, cfg, repeat = geometry._split(N, C, H * W, layout == "nhwc", itemsize, per_sample)
     tiles = triton.cdiv(sizes[4], cfg["BLOCK_N"]) * triton.cdiv(sizes[5], cfg["BLOCK_S"])
     return parts_n * parts_s, tiles, repeat
 
@@ -109,7 +111,7 @@ def test_two_runs_agree_bit_for_bit(request, geometry, layout):
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_variance_survives_large_offsets_and_a_misleading_first_tile(split, monkeypatch, layout):
     """The shift is the mean of a program's first tile; E[x^2] - E[x]^2 in float32 would lose every digit here."""
-    monkeypatch.setattr(kernels, "PROGRAMS", 2)
+    monkeypatch.setattr(geometry, "PROGRAMS", 2)
     g = torch.Generator().manual_seed(0)
     x = torch.randn(16, 3, 8, 8, generator=g, dtype=torch.float64) * 0.1
     x[:, 0] += 1e4
@@ -273,11 +275,11 @@ def _probe_kernel(
     VEC: tl.constexpr, CHANNELS_LAST: tl.constexpr, PEEL: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     c = c_start + tl.arange(0, BLOCK)
-    base, first, last, read, exists = kernels._planes(
+    base, first, last, read, exists = bn_tiles._planes(
         n_start, n_last, c, s, size, C, S, numel, VEC, CHANNELS_LAST, BLOCK
     )
     k = tl.arange(0, BLOCK)[None, None, :]
-    offset, _, live = kernels._tile(base, first, last, read, exists, k, C, VEC, CHANNELS_LAST, PEEL)
+    offset, _, live = bn_tiles._tile(base, first, last, read, exists, k, C, VEC, CHANNELS_LAST, PEEL)
     n = tl.arange(0, BLOCK)[:, None, None]
     at = (n * BLOCK + tl.arange(0, BLOCK)[None, :, None]) * BLOCK + k
     tl.store(offset_ptr + at, offset)
@@ -303,6 +305,18 @@ def test_addresses_past_2_to_the_31(layout):
     assert torch.equal(live.cpu().bool(), alive)
 
 
+def test_traffic_counts_the_second_read_of_large_layers_only():
+    small, large = (128, 16, 8, 8), (256, 64, 56, 56)
+    for what, once, twice in (("bn", (2, 3), (3, 5)), ("relu", (2, 3), (3, 5)), ("add", (3, 5), (4, 7))):
+        for shape, path, tensors in ((small, "one launch", once), (large, "three launches", twice)):
+            got, size = kernels.traffic(shape, False, 2, what), 2 * torch.Size(shape).numel()
+            assert (got["forward"], got["backward"]) == (tensors[0] * size, tensors[1] * size)
+            assert got["path"] == {"forward": path, "backward": path}
+    assert kernels.traffic(large, True, 4, "eval")["forward"] == 8 * torch.Size(large).numel()
+    with pytest.raises(ValueError, match="expected what to be one of bn, relu, add, eval, got 'gelu'"):
+        kernels.traffic(large, False, 2, "gelu")
+
+
 RESNET50 = [
     (64, 12544),
     (64, 3136),
@@ -321,15 +335,15 @@ def test_geometry_of_real_layers(layout):
     """16-byte loads everywhere, no empty chunk, and a GPU that is neither starved nor flooded."""
     nhwc = layout == "nhwc"
     for (C, S), N, itemsize, per_sample in itertools.product(RESNET50, (256, 32), (2, 4), (False, True)):
-        grid, (n, c, s, numel, chunk_n, chunk_s), cfg, _ = kernels._split(N, C, S, nhwc, itemsize, per_sample)
+        grid, (n, c, s, numel, chunk_n, chunk_s), cfg, _ = geometry._split(N, C, S, nhwc, itemsize, per_sample)
         assert n * c * s == numel == N * C * S
         assert cfg["VEC"] * itemsize == 16
         assert grid[0] * cfg["BLOCK_C"] >= c and (grid[1] - 1) * chunk_n < n <= grid[1] * chunk_n
         assert (grid[2] - 1) * chunk_s < s <= grid[2] * chunk_s
         programs = grid[0] * grid[1] * grid[2]
-        assert programs <= 2.1 * kernels.PROGRAMS and max(grid[1:]) < 2**16
-        assert programs >= min(kernels.PROGRAMS / 2, numel / kernels.TILE / 2)
-        grid, (rows, cols, _, _, chunk), cfg = kernels._matrix(N, C, S, nhwc, itemsize)
+        assert programs <= 2.1 * geometry.PROGRAMS and max(grid[1:]) < 2**16
+        assert programs >= min(geometry.PROGRAMS / 2, numel / geometry.TILE / 2)
+        grid, (rows, cols, _, _, chunk), cfg = geometry._matrix(N, C, S, nhwc, itemsize)
         assert cfg["VEC"] * itemsize == 16 and rows * cols == N * C * S
         assert (grid[1] - 1) * chunk < rows <= grid[1] * chunk and grid[1] < 2**16
 
@@ -337,9 +351,9 @@ def test_geometry_of_real_layers(layout):
 @pytest.mark.parametrize("C", [1, 3, 5, 37, 38, 44, 257])
 def test_ragged_channels_last_still_loads_whole_vectors(C):
     for itemsize, per_sample in itertools.product((2, 4), (False, True)):
-        *_, cfg, repeat = kernels._split(32, C, 784, True, itemsize, per_sample)
+        *_, cfg, repeat = geometry._split(32, C, 784, True, itemsize, per_sample)
         assert cfg["VEC"] * itemsize == 16 and repeat <= 8
-        assert kernels._matrix(32, C, 784, True, itemsize)[-1]["VEC"] * itemsize == 16
+        assert geometry._matrix(32, C, 784, True, itemsize)[-1]["VEC"] * itemsize == 16
 
 
 # ---- scale_penalty
