@@ -13,6 +13,7 @@ from fastprune.ops.growing_sgd import check_broadcast, launch
 
 Constraints = dict[int, tuple[Tensor, Tensor]]  # id of a parameter to itself and what is asked of it
 KIND = attrgetter("dtype", "device")
+RATES = (torch.float32, torch.float64)  # of a learning rate on the device
 
 
 class GrowingSGD(torch.optim.SGD):
@@ -21,10 +22,13 @@ class GrowingSGD(torch.optim.SGD):
     Arguments, defaults, parameter groups, schedulers and ``state_dict`` are those of ``torch.optim.SGD``, whose runs it
     continues and which continues its runs.  :func:`fastprune.ops.growing_sgd` has the formula, and what is equal to
     ``torch.optim.SGD`` bit for bit.  :meth:`constrain` says what to regularise and what to hold at zero.  A tensor as
-    learning rate is read by the host; ``foreach`` and ``fused`` in a state that was loaded are kept, and not used.
+    learning rate on the parameters' device is read there by the kernel: a scheduler, which fills it, works with CUDA
+    graphs too.  One as weight decay is read by the host; ``foreach`` and ``fused`` in a state that was loaded are kept,
+    and not used.
 
     A ``GradScaler`` hands its scale to the step, which divides the gradients in place by it and leaves everything as it
-    was when one of them is infinite, without a synchronisation (but in a step that makes new momentum buffers).
+    was when one of them is infinite, without a synchronisation (but in a step that makes new momentum buffers with a
+    dampening).
 
     Raises:
         ValueError: ``foreach=True`` or ``fused=True``, since there is one implementation, fused per device and dtype;
@@ -126,7 +130,13 @@ class GrowingSGD(torch.optim.SGD):
                 alike = [p for p, buffer in zip(alike, buffers, strict=True) if buffer is not None]
                 buffers = [buffer for buffer in buffers if buffer is not None]
             self._launch(group, alike, buffers, False, scale, found_inf)
-            if fresh and (found_inf is None or not found_inf.item()):  # a step that changes nothing makes no buffers
+            if fresh and found_inf is not None and not group["dampening"]:
+                # momentum * 0 + g is what the first step makes of them, also if the one that comes first is skipped
+                buffers = [torch.zeros_like(p) for p in fresh]
+                self._launch(group, fresh, buffers, False, scale, found_inf)
+                for p, buffer in zip(fresh, buffers, strict=True):
+                    self.state[p]["momentum_buffer"] = buffer
+            elif fresh and (found_inf is None or not found_inf.item()):  # a step that changes nothing makes no buffers
                 buffers = [torch.empty_like(p) for p in fresh]
                 self._launch(group, fresh, buffers, True, scale, found_inf)
                 for p, buffer in zip(fresh, buffers, strict=True):
@@ -147,10 +157,14 @@ class GrowingSGD(torch.optim.SGD):
             {i: parts[id(p)][1] for i, p in enumerate(params) if id(p) in parts} if parts else {}
             for parts in (self._reg, self._keep)
         )
+        lr, rate = group["lr"], None
+        if isinstance(lr, Tensor) and (lr.device.type != "cpu" or params[0].device.type == "cpu"):
+            rate = lr.to(params[0].device, lr.dtype if lr.dtype in RATES else torch.float32, non_blocking=True).view(())
         launch(
             params, grads, buffers, reg, keep,
             *(t if t is None else t.to(params[0].device, non_blocking=True) for t in scalars),
-            float(group["lr"]), float(group["momentum"]), float(group["dampening"]), float(group["weight_decay"]),
+            rate, float(lr) if rate is None else 0.0,
+            float(group["momentum"]), float(group["dampening"]), float(group["weight_decay"]),
             group["nesterov"], group["maximize"], first,
         )  # fmt: skip
 

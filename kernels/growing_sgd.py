@@ -3,7 +3,8 @@
 The tensors stay where they are.  Two tables on the device say what a program of BLOCK elements does: ``owners``, the
 tensor that a block belongs to (made once per model, sizes decide it), and ``table``, where each tensor, its
 regularisation and its mask lie (a row per tensor, made when addresses change and copied without waiting for the
-device).  Numbers such as the learning rate are arguments: a schedule neither recompiles nor makes a table.
+device).  Numbers such as the learning rate are arguments: a schedule neither recompiles nor makes a table.  A learning
+rate that is a tensor is read on the device, as a CUDA graph needs it.
 
 A regularisation or mask is read where it is: along the memory of its parameter it has up to 5 dimensions, joined where
 they can be, with a stride of 0 where one value serves many elements.  Traffic: parameter, gradient and buffer are read
@@ -108,6 +109,7 @@ def _growing_sgd_kernel(
     owners_ptr,  # (blocks,) int32: row of the table
     like_ptr,    # any pointer to the parameters' dtype; never read
     grad_scale_ptr, found_inf_ptr,  # () float32, or None
+    rate_ptr,    # () float32 or float64, the learning rate in place of minus_lr, or None
     minus_lr: tl.float64, momentum: tl.float64, share: tl.float64, decay: tl.float64,
     DOUBLE: tl.constexpr, WORK: tl.constexpr,  # 0: all; 1: grad += reg * param; 2: param = 0 where not kept
     REG: tl.constexpr, KEEP: tl.constexpr, MOMENTUM: tl.constexpr, FIRST: tl.constexpr, NESTEROV: tl.constexpr,
@@ -119,6 +121,8 @@ def _growing_sgd_kernel(
     p_ptr = tl.load(row).to(like_ptr.dtype)
     g_ptr = tl.load(row + 1).to(like_ptr.dtype)
     m_ptr = tl.load(row + 2).to(like_ptr.dtype)
+    if rate_ptr is not None:
+        minus_lr = -tl.load(rate_ptr).to(ACC)
     minus_lr = tl.full((BLOCK,), minus_lr, ACC)
     momentum = tl.full((BLOCK,), momentum, ACC)
     share = tl.full((BLOCK,), share, ACC)
@@ -203,6 +207,7 @@ def _launch(
     keep_at: list[int],
     grad_scale: Tensor | None = None,
     found_inf: Tensor | None = None,
+    rate: Tensor | None = None,
     numbers: tuple[float, ...] = (0.0, 0.0, 0.0, 0.0),
     **flags: bool,
 ) -> None:
@@ -228,7 +233,7 @@ def _launch(
             return
         table = _table(addresses, sizes, regs, keeps, dims, cfg["BLOCK"], first.device)
         _growing_sgd_kernel[(len(owners),)](
-            table, owners, first, grad_scale, found_inf, *numbers,
+            table, owners, first, grad_scale, found_inf, rate, *numbers,
             DOUBLE=acc == torch.float64, WORK=work, REG=bool(reg), KEEP=bool(keep), **FLAGS | flags, DIMS=dims, **cfg,
         )  # fmt: skip
 
@@ -238,12 +243,12 @@ FLAGS = dict.fromkeys(("MOMENTUM", "FIRST", "NESTEROV", "DECAY", "MAXIMIZE"), Fa
 
 def growing_sgd(
     params: list[Tensor], grads: list[Tensor], momenta: list[Tensor], reg: list[Tensor], reg_at: list[int],
-    keep: list[Tensor], keep_at: list[int], grad_scale: Tensor | None, found_inf: Tensor | None,
+    keep: list[Tensor], keep_at: list[int], grad_scale: Tensor | None, found_inf: Tensor | None, rate: Tensor | None,
     lr: float, momentum: float, dampening: float, weight_decay: float, nesterov: bool, maximize: bool, first: bool,
 ) -> None:  # fmt: skip
     """Launches the step; arguments as in :mod:`fastprune.ops.growing_sgd`."""
     _launch(
-        STEP, params, grads, momenta, reg, reg_at, keep, keep_at, grad_scale, found_inf,
+        STEP, params, grads, momenta, reg, reg_at, keep, keep_at, grad_scale, found_inf, rate,
         (-lr, momentum, 1 - dampening, weight_decay),
         MOMENTUM=momentum != 0, FIRST=first, NESTEROV=nesterov, DECAY=weight_decay != 0, MAXIMIZE=maximize,
     )  # fmt: skip
@@ -265,9 +270,10 @@ AOT_DTYPES = ("fp32", "bf16", "fp16", "fp64")
 def aot(dtype: str) -> list[tuple]:
     """What scripts/aot_check.py compiles."""
 
-    def entry(label: str, dims: int, work: int = STEP, scaled: bool = False, **flags: bool) -> tuple:
+    def entry(label: str, dims: int, work: int = STEP, scaled: bool = False, rate: bool = False, **flags) -> tuple:
         args = {"table_ptr": "*i64:16", "owners_ptr": "*i32:16", "like_ptr": f"*{dtype}:16"}
         args |= dict.fromkeys(("grad_scale_ptr", "found_inf_ptr"), "*fp32:16" if scaled else None)
+        args |= {"rate_ptr": "*fp64:16" if rate else None}
         args |= dict.fromkeys(("minus_lr", "momentum", "share", "decay"), "fp64")
         args |= {"DOUBLE": dtype == "fp64", "WORK": work, "REG": False, "KEEP": False, **FLAGS, "DIMS": dims} | flags
         return label, _growing_sgd_kernel, args, config(), False
@@ -276,6 +282,7 @@ def aot(dtype: str) -> list[tuple]:
     return [
         entry("plain", 1),
         entry("momentum", 1, **usual),
+        entry("rate on device", 2, rate=True, REG=True, KEEP=True, **usual),
         entry("per filter", 2, REG=True, KEEP=True, **usual),
         entry("nesterov scaled", 3, scaled=True, REG=True, KEEP=True, NESTEROV=True, MAXIMIZE=True, **usual),
         entry("first 5 dims", 5, REG=True, KEEP=True, FIRST=True, **usual),

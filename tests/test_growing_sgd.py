@@ -95,7 +95,7 @@ class Case:
         return [to(ts, dtype) for ts in (self.params, self.grads, self.momenta)] + parts
 
 
-def step(case, backend, dtype=None, reg=True, keep=True, **switches):
+def step(case, backend, dtype=None, reg=True, keep=True, lr=0.1, **switches):
     """All that a step changes, by name."""
     params, grads, momenta, regs, keeps = case.tensors(device_for(backend) if backend else "cpu", dtype)
     for name in ("grad_scale", "found_inf"):
@@ -103,7 +103,8 @@ def step(case, backend, dtype=None, reg=True, keep=True, **switches):
             switches[name] = switches[name].to(params[0].device)
     buffers = momenta if switches.get("momentum") else []
     parts = {"reg": regs if reg else (), "keep": keeps if keep else ()}
-    ops.growing_sgd(params, grads, buffers, lr=0.1, **parts, **switches, backend=backend)
+    lr = lr.to(params[0].device) if isinstance(lr, torch.Tensor) else lr
+    ops.growing_sgd(params, grads, buffers, lr=lr, **parts, **switches, backend=backend)
     lists = {"param": params, "grad": grads, "momentum": buffers}
     return {f"{name}{i}": t for name, ts in lists.items() for i, t in enumerate(ts)}
 
@@ -224,6 +225,21 @@ def test_a_scaled_gradient_and_a_step_that_is_skipped(backend, dtype):
 
 
 @EACH
+@pytest.mark.parametrize("kind", [torch.float32, torch.float64], ids=["lr32", "lr64"])
+def test_a_learning_rate_on_the_device(backend, dtype, kind):
+    """Is the number that it holds, to the bit where the kernel reads it; eager PyTorch rounds once more."""
+    case, switches = Case(FEW, dtype), {"momentum": 0.9, "weight_decay": 0.01}
+    rate = torch.tensor(0.1, dtype=kind)
+    got, eager = step(case, backend, lr=rate, **switches), step(case, "eager", lr=rate, **switches)
+    number = step(case, backend, lr=rate.item(), **switches)
+    assert_as_good_as_eager(got, eager, definition(case, **switches), dtype)
+    if backend != "eager":
+        assert all(torch.equal(got[name], t) for name, t in number.items())
+    other = step(case, backend, lr=torch.tensor(0.2, dtype=kind), **switches)
+    assert not torch.equal(got["param0"], other["param0"]) and torch.equal(got["momentum0"], other["momentum0"])
+
+
+@EACH
 def test_grow_grads_and_hold(backend, dtype):
     case = Case(shapes_for(backend), dtype, "channels_last")
     params, grads, _, reg, keep = case.tensors(device_for(backend))
@@ -288,7 +304,8 @@ def test_opcheck(backend):
     parts = [list(reg.values()), list(reg), list(keep.values()), list(keep)]
     scalars = [torch.tensor(2.0, device=params[0].device), torch.tensor(0.0, device=params[0].device)]
     utils = ("test_schema", "test_faketensor")
-    for some in (scalars, [None, None]):
+    rate = torch.tensor(0.1, dtype=torch.float64, device=params[0].device)
+    for some in ([*scalars, None], [None, None, rate]):
         args = (params, grads, momenta, *parts, *some, 0.1, 0.9, 0.0, 0.01, True, False, False)
         torch.library.opcheck(getattr(torch.ops.fastprune.growing_sgd, backend), args, test_utils=utils)
     all_of = lambda parts, kind: [  # noqa: E731
@@ -334,7 +351,7 @@ def test_other_strides_go_to_eager_or_are_refused(backend):
 def test_the_kernels_check_shapes_themselves(backend):
     op, device = getattr(torch.ops.fastprune.growing_sgd, backend), device_for(backend)
     p, g, b = ([torch.ones(4, 3, device=device)] for _ in range(3))
-    numbers = (None, None, 0.1, 0.9, 0.0, 0.0, False, False, False)
+    numbers = (None, None, None, 0.1, 0.9, 0.0, 0.0, False, False, False)
     for reg, keep in ((torch.ones(5, 1), None), (torch.ones(3), None), (torch.ones(4, 1).double(), None),
                       (None, torch.ones(4, 2) > 0), (None, torch.ones(4, 1))):  # fmt: skip
         regs, keeps = ([] if t is None else [t.to(device)] for t in (reg, keep))
@@ -364,6 +381,7 @@ ONES, PAIR = [torch.ones(2, 3)], [torch.ones(2, 3), torch.ones(4)]
         (lambda: ops.growing_sgd(ONES, ONES, [], lr=0.1, keep={1: None}), r"keep has positions \[1\]"),
         (lambda: ops.growing_sgd(PAIR, PAIR, [], lr=0.1, reg=[None]), "reg for all 2 params"),
         (lambda: ops.growing_sgd(ONES, ONES, [], lr=0.1, grad_scale=torch.ones(1)), r"grad_scale \(\), float32"),
+        (lambda: ops.growing_sgd(ONES, ONES, [], lr=torch.ones(1)), r"expected lr \(\), float32 or float64, on cpu"),
         (lambda: ops.growing_sgd(ONES, [ONES[0].to_sparse()], [], lr=0.1), r"grads\[0\] is torch.sparse_coo"),
         (lambda: ops.grow_grads(ONES, PAIR, [None]), "grow_grads: expected grads for all 1"),
         (lambda: ops.hold(PAIR, [None, torch.ones(4)]), r"hold: expected keep\[1\]"),
@@ -577,6 +595,42 @@ def test_grad_scaler(momentum):
     assert scalers[0].get_scale() == scalers[1].get_scale() == 256.0
     for p, q in zip(*(m.parameters() for m in models), strict=True):
         torch.testing.assert_close(p, q)
+
+
+def test_grad_scaler_without_a_look_from_the_host():
+    """The step that makes the buffers does not ask whether it is skipped; what comes after is as if it had."""
+    model, twin = network(), network()
+    optimizer, other = GrowingSGD(model.parameters(), 0.1, 0.9), torch.optim.SGD(twin.parameters(), 0.1, 0.9)
+    optimizer.grad_scale = torch.tensor(2.0)
+    for i in range(3):
+        optimizer.found_inf = torch.tensor(float(i == 0))
+        for p, q in zip(model.parameters(), twin.parameters(), strict=True):
+            p.grad, q.grad = torch.full_like(p, torch.inf if i == 0 else 2.0 * i), torch.full_like(q, float(i))
+        with Counted() as counted:
+            optimizer.step()
+        assert not any("_local_scalar_dense" in name for name in counted.calls)
+        if i:
+            other.step()
+    for p, q in zip(model.parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(p, q, rtol=0, atol=1e-7)
+
+
+def test_a_learning_rate_on_the_device_follows_its_scheduler():
+    """As torch's own schedulers treat a tensor: they fill it."""
+    runs = []
+    for lr in (0.1, torch.tensor(0.1, dtype=torch.float64)):
+        model = network()
+        optimizer = GrowingSGD(model.parameters(), lr, 0.9)
+        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 5)
+        for i in range(5):
+            for p in model.parameters():
+                p.grad = torch.full_like(p, float(i))
+            with Counted() as counted:
+                optimizer.step()
+            assert not any("_local_scalar_dense" in name for name in counted.calls)
+            schedule.step()
+        runs.append(torch.cat([p.detach().flatten() for p in model.parameters()]))
+    torch.testing.assert_close(*runs, rtol=1e-6, atol=1e-6)
 
 
 def test_what_is_refused():

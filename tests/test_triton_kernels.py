@@ -412,7 +412,7 @@ def sgd_step(params, grads, momenta, reg=(), keep=(), lr=0.1, wd=0.01):
         kept = keep.get(i, torch.ones((), device=p.device)).double()
         wanted += [(p - lr * b) * kept, b * kept]
     parts = [list(reg.values()), list(reg), list(keep.values()), list(keep)]
-    sgd.growing_sgd(params, grads, momenta, *parts, None, None, lr, 0.9, 0.0, wd, False, False, False)
+    sgd.growing_sgd(params, grads, momenta, *parts, None, None, None, lr, 0.9, 0.0, wd, False, False, False)
     got = [t.double() for pair in zip(params, momenta, strict=True) for t in pair]
     for a, b in zip(got, wanted, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6)

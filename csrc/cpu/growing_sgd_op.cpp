@@ -87,11 +87,12 @@ void run(std::vector<SgdTensor>& tensors, SgdStep step) {
   kernels[cpu_isa()](step);
 }
 
-float value(const std::optional<Tensor>& t) {
+double value(const std::optional<Tensor>& t) {
   FP_CHECK_CPU(*t);
-  FP_CHECK_DTYPE(*t, ScalarType::Float, "float32");
   STD_TORCH_CHECK(t->numel() == 1, "expected a scalar, got shape ", shape_string(*t));
-  return *static_cast<const float*>(t->data_ptr());
+  if (t->scalar_type() == ScalarType::Double) return *static_cast<const double*>(t->data_ptr());
+  FP_CHECK_DTYPE(*t, ScalarType::Float, "float32 or float64");
+  return static_cast<double>(*static_cast<const float*>(t->data_ptr()));
 }
 
 // t, which must be like `param` in memory.
@@ -140,8 +141,9 @@ void add(std::vector<SgdTensor>& tensors, const std::vector<Tensor>& params, con
 void growing_sgd(const std::vector<Tensor>& params, const std::vector<Tensor>& grads,
                  const std::vector<Tensor>& momenta, const std::vector<Tensor>& reg, const std::vector<int64_t>& reg_at,
                  const std::vector<Tensor>& keep, const std::vector<int64_t>& keep_at,
-                 const std::optional<Tensor>& grad_scale, const std::optional<Tensor>& found_inf, double lr,
-                 double momentum, double dampening, double weight_decay, bool nesterov, bool maximize, bool first) {
+                 const std::optional<Tensor>& grad_scale, const std::optional<Tensor>& found_inf,
+                 const std::optional<Tensor>& rate, double lr, double momentum, double dampening, double weight_decay,
+                 bool nesterov, bool maximize, bool first) {
   STD_TORCH_CHECK(!grads.empty() && momenta.empty() == (momentum == 0) && reg.size() == reg_at.size() &&
                       keep.size() == keep_at.size(),
                   "expected gradients, buffers with a momentum and only then, and a position for each reg and keep");
@@ -149,7 +151,8 @@ void growing_sgd(const std::vector<Tensor>& params, const std::vector<Tensor>& g
   for (size_t i = 0; i < reg.size(); ++i) add(tensors, params, reg[i], reg_at[i], &SgdTensor::reg);
   for (size_t i = 0; i < keep.size(); ++i) add(tensors, params, keep[i], keep_at[i], &SgdTensor::keep);
   if (found_inf && value(found_inf) != 0) return;
-  const double unscale = grad_scale ? 1 / static_cast<double>(value(grad_scale)) : 1;
+  const double unscale = grad_scale ? 1 / value(grad_scale) : 1;
+  if (rate) lr = value(rate);
   run(tensors, {nullptr, 0, SgdWork::kStep, type_of(params[0]), -lr, momentum, 1 - dampening, weight_decay, unscale,
                 nesterov, maximize, first, nullptr});
 }

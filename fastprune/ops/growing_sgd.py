@@ -21,7 +21,7 @@ def growing_sgd(
     grads: Sequence[Tensor],
     momenta: Sequence[Tensor],
     *,
-    lr: float,
+    lr: float | Tensor,
     momentum: float = 0.0,
     dampening: float = 0.0,
     weight_decay: float = 0.0,
@@ -55,7 +55,8 @@ def growing_sgd(
             by a backend that was named.
         grads: Like ``params``.  They are left as they are, but for a division by ``grad_scale``.
         momenta: The buffers :math:`b`, like ``params``; empty when ``momentum`` is 0.
-        lr: Learning rate.
+        lr: Learning rate; or (), float32 or float64, on the parameters' device, where the kernel reads it, so that it
+            may change between the replays of a CUDA graph.  On ``eager`` a tensor rounds once more than a number.
         momentum: Decay of the buffers.
         dampening: Of the gradient on its way into the buffer.
         weight_decay: The same for all parameters.
@@ -93,14 +94,16 @@ def growing_sgd(
         check_broadcast("growing_sgd", f"reg[{i}]", r, params[i])
     for i, k in keeps.items():
         check_broadcast("growing_sgd", f"keep[{i}]", k, params[i], mask=True)
-    for name, t in (("grad_scale", grad_scale), ("found_inf", found_inf)):
-        if t is not None and (t.dim() or t.dtype != torch.float32 or (params and t.device != params[0].device)):
+    rate = lr if isinstance(lr, Tensor) else None
+    for name, t in (("grad_scale", grad_scale), ("found_inf", found_inf), ("lr", rate)):
+        allowed = (torch.float32, torch.float64) if name == "lr" else (torch.float32,)
+        if t is not None and (t.dim() or t.dtype not in allowed or (params and t.device != params[0].device)):
             raise ValueError(
-                f"growing_sgd: expected {name} (), float32, on {params[0].device if params else 'the device'}, "
-                f"got {tuple(t.shape)} {t.dtype} on {t.device}"
+                f"growing_sgd: expected {name} (), {' or '.join(str(d)[6:] for d in allowed)}, on "
+                f"{params[0].device if params else 'the device'}, got {tuple(t.shape)} {t.dtype} on {t.device}"
             )
-    numbers = (lr, momentum, dampening, weight_decay, nesterov, maximize, first)
-    launch(params, grads, momenta, regs, keeps, grad_scale, found_inf, *numbers, backend=backend)
+    numbers = (lr if rate is None else 0.0, momentum, dampening, weight_decay, nesterov, maximize, first)
+    launch(params, grads, momenta, regs, keeps, grad_scale, found_inf, rate, *numbers, backend=backend)
 
 
 def launch(
@@ -111,17 +114,18 @@ def launch(
     keep: dict[int, Tensor],
     grad_scale: Tensor | None,
     found_inf: Tensor | None,
+    rate: Tensor | None,
     *numbers: float | bool,
     backend: str | None = None,
 ) -> None:
-    """:func:`growing_sgd` for callers that know their arguments to be right.  ``numbers``: lr, momentum, dampening,
-    weight_decay, nesterov, maximize, first."""
+    """:func:`growing_sgd` for callers that know their arguments to be right.  ``numbers``: lr (which a ``rate``
+    replaces), momentum, dampening, weight_decay, nesterov, maximize, first."""
     if not params:
         return
     name = backends.select("growing_sgd", backend, params[0], params, grads, momenta)
     args = (
         params, grads, momenta, list(reg.values()), list(reg), list(keep.values()), list(keep),
-        grad_scale, found_inf, *numbers,
+        grad_scale, found_inf, rate, *numbers,
     )  # fmt: skip
     if name == "eager":
         backends.eager("growing_sgd")(*args)
@@ -243,11 +247,12 @@ def _wide(t: Tensor) -> Tensor:
 
 def _eager(
     params: list[Tensor], grads: list[Tensor], momenta: list[Tensor], reg: list[Tensor], reg_at: list[int],
-    keep: list[Tensor], keep_at: list[int], grad_scale: Tensor | None, found_inf: Tensor | None,
+    keep: list[Tensor], keep_at: list[int], grad_scale: Tensor | None, found_inf: Tensor | None, rate: Tensor | None,
     lr: float, momentum: float, dampening: float, weight_decay: float, nesterov: bool, maximize: bool, first: bool,
 ) -> None:  # fmt: skip
     regs, keeps = dict(zip(reg_at, reg, strict=True)), dict(zip(keep_at, keep, strict=True))
     skip = None if found_inf is None else found_inf != 0
+    minus_rate = None if rate is None else -rate.to(torch.promote_types(params[0].dtype, torch.float32))
 
     def write(to: Tensor, value: Tensor) -> None:
         to.copy_(value if skip is None else torch.where(skip, to, value))
@@ -267,7 +272,7 @@ def _eager(
             buffer = g if first else (_wide(momenta[i]) * momentum).add(g, alpha=1 - dampening)
             g = g.add(buffer, alpha=momentum) if nesterov else buffer
             write(momenta[i], torch.where(keeps[i], buffer, 0) if i in keeps else buffer)
-        p = p.add(g, alpha=-lr)
+        p = p.add(g, alpha=-lr) if rate is None else p.addcmul(g, minus_rate)
         write(param, torch.where(keeps[i], p, 0) if i in keeps else p)
 
 
@@ -311,7 +316,7 @@ backends.define(
     "growing_sgd",
     {
         "growing_sgd": "(Tensor(a!)[] params, Tensor(b!)[] grads, Tensor(c!)[] momenta, Tensor[] reg, int[] reg_at, "
-        "Tensor[] keep, int[] keep_at, Tensor? grad_scale, Tensor? found_inf, float lr, float momentum, "
+        "Tensor[] keep, int[] keep_at, Tensor? grad_scale, Tensor? found_inf, Tensor? rate, float lr, float momentum, "
         "float dampening, float weight_decay, bool nesterov, bool maximize, bool first) -> ()",
         "grow_grads": "(Tensor[] params, Tensor(a!)[] grads, Tensor[] reg) -> ()",
         "hold": "(Tensor(a!)[] tensors, Tensor[] keep) -> ()",
