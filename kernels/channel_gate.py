@@ -144,6 +144,7 @@ def channel_gate_backward(
 
 
 AOT_DTYPES = ("bf16", "fp16", "fp32")
+AOT_LIMITS = {"_backward_kernel": {"registers": 236}}
 
 
 def aot(dtype: str) -> list[tuple]:

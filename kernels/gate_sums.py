@@ -62,6 +62,7 @@ def gate_sums(slots: Tensor, columns: Tensor, offsets: Tensor) -> tuple[Tensor, 
 
 
 AOT_DTYPES = ("fp32", "fp64")
+AOT_LIMITS = {"_sums_kernel": {"registers": 168}}
 
 
 def aot(dtype: str) -> list[tuple]:

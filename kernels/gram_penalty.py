@@ -242,6 +242,7 @@ def gram_penalty(
 
 
 AOT_DTYPES = ("fp32", "bf16", "fp16", "fp64")
+AOT_LIMITS = {"_gram_kernel": {"registers": 255}, "_gradient_kernel": {"registers": 234}}
 
 
 def aot(dtype: str) -> list[tuple]:

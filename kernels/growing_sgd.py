@@ -265,6 +265,7 @@ def hold(tensors: list[Tensor], keep: list[Tensor]) -> None:
 
 
 AOT_DTYPES = ("fp32", "bf16", "fp16", "fp64")
+AOT_LIMITS = {"_growing_sgd_kernel": {"registers": 224}}  # float64 with masks of 5 dimensions
 
 
 def aot(dtype: str) -> list[tuple]:

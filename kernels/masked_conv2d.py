@@ -297,6 +297,7 @@ def masked_conv2d_backward(
 
 
 AOT_DTYPES = ("fp32", "bf16", "fp16")
+AOT_LIMITS = {name: {"registers": 254} for name in ("_forward_kernel", "_data_kernel", "_weight_kernel")}
 
 
 def aot(dtype: str) -> list[tuple]:

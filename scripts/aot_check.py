@@ -1,13 +1,16 @@
 """Compile every Triton kernel ahead of time, without a GPU, and judge the machine code.
 
     python scripts/aot_check.py [--arch sm_90,gfx942] [--dtype bf16] [--kernel batch_norm_act] [--json | --markdown]
+    python scripts/aot_check.py --write --jobs 8    all of it, into bench/results/aot.jsonl and docs/results/aot.md
 
 Prints registers, spills, shared memory and load widths per kernel.  Exit code 1 when a kernel does not compile, spills,
-or is declared vectorised but reads global memory in pieces smaller than 16 bytes where activations lie.
+takes more registers or shared memory than its file allows, or is declared vectorised but reads global memory in pieces
+smaller than 16 bytes where activations lie.
 
 A kernel file takes part by defining ``AOT_DTYPES`` and ``aot(dtype) -> [(label, kernel, args, config, vectorised)]``:
 ``args`` maps argument names to a type ("*bf16:16" is a pointer divisible by 16) or to a constant (None: tensor absent),
-``config`` holds the remaining constants and num_warps.  Files named ``_...`` hold parts of others.
+``config`` holds the remaining constants and num_warps.  ``AOT_LIMITS`` maps the names of kernels that may have other
+than LIMITS to what they may have, ``{"_gram_kernel": {"registers": 168}}``.  Files named ``_...`` hold parts of others.
 """
 
 from __future__ import annotations
@@ -21,8 +24,13 @@ import subprocess
 import sys
 import tempfile
 from collections import Counter
+from concurrent.futures import ProcessPoolExecutor
+from functools import cache
 from importlib import import_module
+from itertools import groupby
 from pathlib import Path
+from types import ModuleType
+from typing import NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the checkout's kernels, installed or not
 
@@ -37,7 +45,21 @@ TARGETS = {
     "sm_90": GPUTarget("cuda", 90, 32),
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
+# Of a kernel whose file says nothing.  128 registers let two blocks of 256 threads share a multiprocessor's 65,536, and
+# 48 KiB is what a block gets without asking for more.
+LIMITS = {"registers": 128, "shared": 48 << 10}
 COLUMNS = ("kernel", "variant", "arch", "dtype", "registers", "spills", "shared", "loads", "stores", "verdict")
+ROOT = Path(__file__).resolve().parent.parent
+ROWS, PAGE = ROOT / "bench" / "results" / "aot.jsonl", ROOT / "docs" / "results" / "aot.md"
+
+
+class Job(NamedTuple):
+    """One kernel for one architecture: entry ``index`` of ``module``'s ``aot(dtype)``."""
+
+    module: str
+    dtype: str
+    index: int
+    arch: str
 
 
 def compile_kernel(kernel: triton.JITFunction, args: dict, config: dict, target: GPUTarget):
@@ -70,7 +92,8 @@ def inspect_cuda(compiled) -> dict:
     # An access without a width moves 4 bytes; LDL and STL are spills.
     widths = {"128": 16, "64": 8, "U16": 2, "S16": 2, "U8": 1, "S8": 1}
     count = {"LDG": Counter(), "STG": Counter()}
-    for op, suffix in re.findall(r"\b(LDG|STG)((?:\.\w+)*)", sass):
+    # LDGSTS copies to shared memory, as wide as it says
+    for op, suffix in re.findall(r"\b(LDG|STG)(?:STS)?((?:\.\w+)*)", sass):
         count[op][next((widths[s] for s in suffix.split(".") if s in widths), 4)] += 1
     return {
         "registers": int(re.search(r"REG:(\d+)", usage)[1]),
@@ -94,9 +117,12 @@ def inspect_hip(compiled) -> dict:
     }
 
 
-def judge(facts: dict, dtype: str, vectorised: bool) -> str:
+def judge(facts: dict, dtype: str, vectorised: bool, limits: dict[str, int]) -> str:
     if facts["spills"]:
         return "FAIL: spills"
+    for name, most in limits.items():
+        if facts[name] > most:
+            return f"FAIL: {facts[name]} {name}, limit {most}"
     itemsize = {"bf16": 2, "fp16": 2, "fp32": 4, "fp64": 8}[dtype]
     # Parameters are float32, so a load as narrow as a half type's item can only be an activation.
     scalar = itemsize < 4 and facts["loads"][itemsize]
@@ -105,36 +131,58 @@ def judge(facts: dict, dtype: str, vectorised: bool) -> str:
     return "ok"
 
 
-def check(arches: list[str], dtypes: list[str] | None, only: str) -> list[dict]:
-    rows = []
+@cache
+def load(name: str) -> ModuleType:
+    module = import_module(name)
+    if not hasattr(module, "aot"):
+        raise SystemExit(f"{name}: no aot(dtype); every kernel file must say what is compiled ahead of time")
+    return module
+
+
+@cache
+def entries(module: str, dtype: str) -> list[tuple]:
+    return load(module).aot(dtype)
+
+
+def row_of(job: Job) -> dict:
+    """What a job compiles, without compiling it."""
+    label, kernel, *_ = entries(job.module, job.dtype)[job.index]
+    name = f"{job.module.removeprefix('kernels.')}.{kernel.__name__.strip('_')}"
+    return {"kernel": name, "variant": label, "arch": job.arch, "dtype": job.dtype}
+
+
+def check(job: Job) -> dict:
+    """Compile and judge."""
+    _, kernel, args, config, vectorised = entries(job.module, job.dtype)[job.index]
+    row = row_of(job)
+    try:
+        compiled = compile_kernel(kernel, args, config, TARGETS[job.arch])
+    except Exception as error:  # whatever the compiler raises is the finding
+        return row | {"verdict": f"FAIL: {str(error).strip().splitlines()[-1]}"}
+    facts = inspect_hip(compiled) if job.arch.startswith("gfx") else inspect_cuda(compiled)
+    facts["shared"] = compiled.metadata.shared
+    limits = LIMITS | getattr(load(job.module), "AOT_LIMITS", {}).get(kernel.__name__, {})
+    return row | facts | {"limits": limits, "verdict": judge(facts, job.dtype, vectorised, limits)}
+
+
+def jobs(arches: list[str], dtypes: list[str] | None, only: str) -> list[Job]:
+    """What there is to compile.  A file that leaves out one of its kernels is refused."""
+    found = []
     for info in sorted(pkgutil.iter_modules(kernels.__path__, "kernels."), key=lambda info: info.name):
         if info.name.startswith("kernels._"):
             continue
-        module = import_module(info.name)
-        if not hasattr(module, "aot"):
-            raise SystemExit(f"{info.name}: no aot(dtype); every kernel file must say what is compiled ahead of time")
-        seen = set()
+        module, seen = load(info.name), set()
         for dtype in module.AOT_DTYPES:
-            for label, kernel, args, config, vectorised in module.aot(dtype):
-                name = f"{info.name.removeprefix('kernels.')}.{kernel.__name__.strip('_')}"
+            for index, (_, kernel, *_) in enumerate(entries(info.name, dtype)):
                 seen.add(kernel.__name__)
-                for arch in arches:
-                    if only not in name or (dtypes and dtype not in dtypes):
-                        continue
-                    row = {"kernel": name, "variant": label, "arch": arch, "dtype": dtype}
-                    try:
-                        compiled = compile_kernel(kernel, args, config, TARGETS[arch])
-                    except Exception as error:  # whatever the compiler raises is the finding
-                        rows.append({**row, "verdict": f"FAIL: {str(error).strip().splitlines()[-1]}"})
-                        continue
-                    facts = inspect_hip(compiled) if arch.startswith("gfx") else inspect_cuda(compiled)
-                    row |= facts | {"shared": compiled.metadata.shared, "verdict": judge(facts, dtype, vectorised)}
-                    rows.append(row)
+                if only in row_of(Job(info.name, dtype, index, ""))["kernel"] and (not dtypes or dtype in dtypes):
+                    found += [Job(info.name, dtype, index, arch) for arch in arches]
         launched = {name for name, value in vars(module).items() if isinstance(value, triton.JITFunction)}
-        missing = {name for name in launched if name.endswith("_kernel")} - seen
-        if missing:
+        if missing := {name for name in launched if name.endswith("_kernel")} - seen:
             raise SystemExit(f"{info.name}: aot(dtype) leaves out {', '.join(sorted(missing))}")
-    return rows
+        if unknown := set(getattr(module, "AOT_LIMITS", {})) - seen:
+            raise SystemExit(f"{info.name}: AOT_LIMITS names {', '.join(sorted(unknown))}, which it has not")
+    return found
 
 
 def show(row: dict) -> list[str]:
@@ -142,10 +190,33 @@ def show(row: dict) -> list[str]:
     cells = []
     for column in COLUMNS:
         value = row.get(column, "")
-        if isinstance(value, Counter):
-            value = " ".join(f"{value[width]}x{width}" for width in sorted(value, reverse=True))
+        if isinstance(value, dict):
+            value = " ".join(f"{value[width]}x{width}" for width in sorted(value, key=int, reverse=True))
         cells.append(str(value))
     return cells
+
+
+def page(rows: list[dict]) -> str:
+    """docs/results/aot.md from rows."""
+    text = [
+        "# Every Triton kernel, compiled ahead of time",
+        "",
+        "Written by `python scripts/aot_check.py --write`, which needs no GPU; rows: `bench/results/aot.jsonl`.",
+        f"Triton {triton.__version__}: {len(rows)} kernels for {', '.join(TARGETS)}. Per thread, *registers* and",
+        "*spills* (accesses to local memory); per block, *shared* memory in bytes; *loads* and *stores* of global memory",
+        "in the machine code as count x bytes: `8x16` are eight instructions that move 16 bytes each. Argument tables,",
+        "parameters of a channel and the ragged ends of a tensor are narrower on purpose.",
+        "",
+        "What a kernel may have at most, 0 spills aside, stands beside it in its file, and here behind its name. Where",
+        "activations are declared to be read 16 bytes at a time, a narrower load of them fails the check.",
+    ]
+    for kernel, mine in groupby(sorted(rows, key=lambda row: row["kernel"]), lambda row: row["kernel"]):
+        mine = list(mine)
+        most = mine[0]["limits"]
+        text += ["", f"## {kernel}: at most {most['registers']} registers, {most['shared']:,} bytes shared", ""]
+        text += [f"| {' | '.join(COLUMNS[1:])} |", "| --- | --- | --- | ---: | ---: | ---: | --- | --- | --- |"]
+        text += [f"| {' | '.join(show(row)[1:])} |" for row in mine]
+    return "\n".join(text) + "\n"
 
 
 def main() -> int:
@@ -153,30 +224,49 @@ def main() -> int:
     parser.add_argument("--arch", default=",".join(TARGETS), help=f"of {', '.join(TARGETS)}; default: all")
     parser.add_argument("--dtype", help="of bf16, fp16, fp32, fp64; default: all")
     parser.add_argument("--kernel", default="", help="only kernels with this in file.name")
+    parser.add_argument("--jobs", type=int, default=1, help="processes")
     form = parser.add_mutually_exclusive_group()
     form.add_argument("--json", action="store_true")
     form.add_argument("--markdown", action="store_true")
+    form.add_argument("--list", action="store_true", help="as JSON what there is to compile, and compile nothing")
+    form.add_argument("--write", action="store_true", help=f"everything, into {ROWS.name} and {PAGE.name}")
     options = parser.parse_args()
     if os.environ.get("TRITON_INTERPRET"):
         parser.error("unset TRITON_INTERPRET: the interpreter takes the place of the compiler")
     arches = options.arch.split(",")
     if unknown := set(arches) - set(TARGETS):
         parser.error(f"unknown --arch {', '.join(sorted(unknown))}; known: {', '.join(TARGETS)}")
-    rows = check(arches, options.dtype and options.dtype.split(","), options.kernel)
-    if not rows:
+    if options.write and (options.dtype or options.kernel or len(arches) < len(TARGETS)):
+        parser.error("--write is for everything; leave --arch, --dtype and --kernel out")
+    todo = jobs(arches, options.dtype and options.dtype.split(","), options.kernel)
+    if not todo:
         parser.error("nothing to compile; see --dtype and --kernel")
+    if options.list:
+        print(json.dumps([row_of(job) for job in todo]))
+        return 0
+    if options.jobs > 1:
+        with ProcessPoolExecutor(options.jobs) as pool:
+            rows = list(pool.map(check, todo))
+    else:
+        rows = list(map(check, todo))
     table = [list(COLUMNS), *map(show, rows)]
+    failed = [row for row in rows if row["verdict"] != "ok"]
     if options.json:
         print(json.dumps(rows, indent=1))
     elif options.markdown:
         table.insert(1, ["---"] * len(COLUMNS))
         print("\n".join(f"| {' | '.join(cells)} |" for cells in table))
+    elif options.write:
+        for row in failed:
+            print("  ".join(show(row)))
+        if not failed:
+            ROWS.write_text("".join(json.dumps(row | {"triton": triton.__version__}) + "\n" for row in rows))
+            PAGE.write_text(page(rows))
     else:
         widths = [max(map(len, column)) for column in zip(*table, strict=True)]
         print("\n".join("  ".join(c.ljust(w) for c, w in zip(cells, widths, strict=True)).rstrip() for cells in table))
-    failed = sum(row["verdict"] != "ok" for row in rows)
-    print(f"{len(rows)} compiled, {failed} failed", file=sys.stderr)
-    return int(failed > 0)
+    print(f"{len(rows)} compiled, {len(failed)} failed", file=sys.stderr)
+    return int(bool(failed))
 
 
 if __name__ == "__main__":

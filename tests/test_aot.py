@@ -58,7 +58,7 @@ def test_kernels_compile_without_spills_and_with_wide_loads(args):
 
 @pytest.fixture
 def bad_kernels(tmp_path):
-    """A checkout whose only kernels are one that loads element by element and one that spills."""
+    """A checkout whose only kernels are one that loads element by element, one that spills, and ones beyond limits."""
     (tmp_path / "scripts").mkdir()
     (tmp_path / "kernels").mkdir()
     (tmp_path / "kernels" / "__init__.py").touch()
@@ -79,12 +79,29 @@ def _spilling_kernel(x_ptr, y_ptr, n, B: tl.constexpr):
     x = tl.load(x_ptr + i).to(tl.float32)
     tl.store(y_ptr + i, x - tl.sum(x, axis=0))
 
+@triton.jit
+def _large_kernel(x_ptr, y_ptr, n, B: tl.constexpr):
+    _sum(x_ptr, y_ptr, B)
+
+@triton.jit
+def _sharing_kernel(x_ptr, y_ptr, n, B: tl.constexpr):
+    _sum(x_ptr, y_ptr, B)
+
+@triton.jit
+def _sum(x_ptr, y_ptr, B: tl.constexpr):
+    i = tl.arange(0, B)
+    x = tl.load(x_ptr + i).to(tl.float32)
+    tl.store(y_ptr + i, x - tl.sum(x, axis=0))
+
 AOT_DTYPES = ("bf16",)
+AOT_LIMITS = {"_large_kernel": {"registers": 8}, "_sharing_kernel": {"shared": 15}}
 
 def aot(dtype):
     args = {"x_ptr": f"*{dtype}:16", "y_ptr": "*fp32:16", "n": "i32"}
     wide = {"B": 1024, "num_warps": 4}
     return [
+        ("", _large_kernel, args, wide, True),
+        ("", _sharing_kernel, args, wide, True),
         ("", _narrow_kernel, args, wide, True),
         ("", _spilling_kernel, args, {"B": 4096, "num_warps": 1, "maxnreg": 32}, False),
     ]
@@ -93,14 +110,13 @@ def aot(dtype):
     return tmp_path
 
 
-def test_the_check_fails_on_narrow_loads_and_on_spills(bad_kernels):
+def test_the_check_fails_on_narrow_loads_spills_and_limits(bad_kernels):
     env = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    done = subprocess.run(
-        [sys.executable, bad_kernels / "scripts" / "aot_check.py", "--arch", "sm_90"],
-        env=env, capture_output=True, text=True, timeout=300,
-    )  # fmt: skip
-    assert done.returncode == 1 and done.stderr.endswith("2 compiled, 2 failed\n"), done.stdout + done.stderr
+    command = [sys.executable, bad_kernels / "scripts" / "aot_check.py", "--arch", "sm_90"]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 1 and done.stderr.endswith("4 compiled, 4 failed\n"), done.stdout + done.stderr
     assert "FAIL: no 16-byte loads" in done.stdout and "FAIL: spills" in done.stdout
+    assert " registers, limit 8\n" in done.stdout and " shared, limit 15\n" in done.stdout
 
 
 def test_the_check_refuses_the_interpreter():
