@@ -9,8 +9,8 @@ smaller than 16 bytes where activations lie.
 
 A kernel file takes part by defining ``AOT_DTYPES`` and ``aot(dtype) -> [(label, kernel, args, config, vectorised)]``:
 ``args`` maps argument names to a type ("*bf16:16" is a pointer divisible by 16) or to a constant (None: tensor absent),
-``config`` holds the remaining constants and num_warps.  ``AOT_LIMITS`` maps the names of kernels that may have other
-than LIMITS to what they may have, ``{"_gram_kernel": {"registers": 168}}``.  Files named ``_...`` hold parts of others.
+``config`` holds the remaining constants and num_warps.  Files named ``_...`` hold parts of others.  ``AOT_LIMITS`` maps
+the names of kernels that may have other than LIMITS to what they may have, ``{"_gram_kernel": {"registers": 168}}``.
 """
 
 from __future__ import annotations
@@ -203,7 +203,7 @@ def page(rows: list[dict]) -> str:
         "",
         "Written by `python scripts/aot_check.py --write`, which needs no GPU; rows: `bench/results/aot.jsonl`.",
         f"Triton {triton.__version__}: {len(rows)} kernels for {', '.join(TARGETS)}. Per thread, *registers* and",
-        "*spills* (accesses to local memory); per block, *shared* memory in bytes; *loads* and *stores* of global memory",
+        "*spills* (accesses to local memory); per block, *shared* memory in bytes; *loads* and *stores* of memory",
         "in the machine code as count x bytes: `8x16` are eight instructions that move 16 bytes each. Argument tables,",
         "parameters of a channel and the ragged ends of a tensor are narrower on purpose.",
         "",

@@ -10,9 +10,17 @@ import torch
 import torch.nn.functional as F
 
 from fastprune import ops
+from fastprune.backends import PREFERENCE
 
 # Named, not discovered: a backend that fails to build must fail the run, not shrink it.
 BACKENDS = os.environ.get("FASTPRUNE_TEST_BACKENDS", "eager,cpp,triton").split(",")
+
+
+def backends_of(op: str) -> list[str]:
+    """Of those to test, the backends that ``op`` has."""
+    return [b for b in BACKENDS if any(b in row for row in PREFERENCE[op].values())]
+
+
 DTYPES = {
     "eager": (torch.float64, torch.float32, torch.float16, torch.bfloat16),
     "cpp": (torch.float32, torch.bfloat16),

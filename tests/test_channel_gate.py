@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from bn_cases import BACKENDS, DTYPES, assert_as_good_as_eager, device_for
+from bn_cases import DTYPES, assert_as_good_as_eager, backends_of, device_for
 from torch import nn
 
 import fastprune as fp
@@ -19,6 +19,7 @@ from fastprune import backends, ops
 from fastprune.errors import BackendError
 from fastprune.nn import Gate
 
+BACKENDS = backends_of("channel_gate")
 COMPILED = [b for b in BACKENDS if b != "eager"]
 SHAPES = [
     (4, 16, 8, 8), (1, 1, 1, 1), (3, 5, 7, 9), (2, 3, 33, 17), (0, 4, 8, 8), (3, 0, 2, 2), (2, 6, 0, 3), (5, 37, 2, 2),

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import pytest
 import torch
-from bn_cases import BACKENDS, assert_as_good_as_eager, device_for
+from bn_cases import assert_as_good_as_eager, backends_of, device_for
 from torch import nn
 
 from fastprune import backends, ops
 from fastprune.errors import BackendError
 from fastprune.ops.filter_norm import KINDS
 
+BACKENDS = backends_of("filter_norm")
 COMPILED = [b for b in BACKENDS if b != "eager"]
 DTYPES = {
     "eager": (torch.float64, torch.float32, torch.float16, torch.bfloat16),

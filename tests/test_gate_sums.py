@@ -1,13 +1,12 @@
 """gate_sums against its definition in float64, on every backend."""
 
-import os
-
 import pytest
 import torch
+from bn_cases import backends_of
 
 from fastprune import ops
 
-BACKENDS = os.environ.get("FASTPRUNE_TEST_BACKENDS", "eager,cpp,triton").split(",")
+BACKENDS = backends_of("gate_sums")
 DEVICE = {name: "cuda" if name in ("triton", "cuda") and torch.cuda.is_available() else "cpu" for name in BACKENDS}
 EACH = pytest.mark.parametrize("backend", BACKENDS)
 

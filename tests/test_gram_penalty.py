@@ -10,13 +10,14 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from bn_cases import BACKENDS, assert_as_good_as_eager, device_for
+from bn_cases import assert_as_good_as_eager, backends_of, device_for
 
 from fastprune import ops
 from fastprune.errors import BackendError
 from fastprune.ops.gram_penalty import value_and_grad
 
 GOLDEN = np.load(Path(__file__).parent / "golden" / "gram.npz")
+BACKENDS = backends_of("gram_penalty")
 COMPILED = [b for b in BACKENDS if b != "eager"]
 NO_INTERPRETER = [b for b in BACKENDS if b != "triton" or device_for("triton") != "cpu"]
 DTYPES = {

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from bn_cases import BACKENDS, assert_as_good_as_eager, device_for
+from bn_cases import assert_as_good_as_eager, backends_of, device_for
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -21,6 +21,7 @@ from fastprune.errors import BackendError
 from fastprune.optim import GrowingSGD
 
 GOLDEN = np.load(Path(__file__).parent / "golden" / "growing.npz")
+BACKENDS = backends_of("growing_sgd")
 COMPILED = [b for b in BACKENDS if b != "eager"]
 DTYPES = {
     "eager": (torch.float64, torch.float32, torch.float16, torch.bfloat16),

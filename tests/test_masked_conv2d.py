@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import itertools
-import os
 
 import pytest
 import torch
 import torch.nn.functional as F
+from bn_cases import backends_of
 
 from fastprune import backends, ops
 from fastprune.errors import BackendError
 
 pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel:UserWarning")
-BACKENDS = os.environ.get("FASTPRUNE_TEST_BACKENDS", "eager,cpp,triton").split(",")
+BACKENDS = backends_of("masked_conv2d")
 DEVICE = {name: "cuda" if name in ("triton", "cuda") and torch.cuda.is_available() else "cpu" for name in BACKENDS}
 LAYOUTS = [torch.contiguous_format, torch.channels_last]
 NAN = float("nan")

@@ -1,18 +1,18 @@
 """scale_penalty against the authors' numbers, against its definition in float64, and as a PyTorch op."""
 
-import os
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from bn_cases import backends_of
 from torch import nn
 
 from fastprune import backends, ops
 from fastprune.errors import BackendError
 
 GOLDEN = np.load(Path(__file__).parent / "golden" / "rni.npz")
-BACKENDS = os.environ.get("FASTPRUNE_TEST_BACKENDS", "eager,cpp,triton").split(",")
+BACKENDS = backends_of("scale_penalty")
 DEVICE = {name: "cuda" if name in ("triton", "cuda") and torch.cuda.is_available() else "cpu" for name in BACKENDS}
 SIZES = [(1,), (64, 64, 128), (16,) * 57, (33, 1, 7, 512), (2048, 3)]
 EACH = pytest.mark.parametrize("kind, shift", [("rni", 0.0), ("rni", 3.0), ("rni", -2.0), ("l1", 0.0)])

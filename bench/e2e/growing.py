@@ -149,7 +149,7 @@ def bench(args: argparse.Namespace, net: str, allocator: str) -> list[dict]:
     chosen = [impl for impl in BASES if impl in args.impls or impl in ("eager", *(BASES[i] for i in args.impls))]
     steps = {impl: make_step(impl, model, x, target, args.interval)[0] for impl in chosen}
     calls = {impl: lambda step=step: [step() for _ in range(args.interval)] for impl, step in steps.items()}
-    samples = harness.interleave(calls, rounds=args.rounds, sample_s=0.0, clock=harness.clock_for(args))
+    samples = harness.interleave(calls, rounds=args.rounds, sample_s=0.0, clock=harness.clock_for(args, steps=True))
     samples = {impl: [us / args.interval for us in values] for impl, values in samples.items()}
     case = {"net": net, "batch": args.batch, "ratio": RATIO, "interval": args.interval}
     case |= harness.setting(args, allocator)

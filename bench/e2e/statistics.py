@@ -183,7 +183,7 @@ def bench(args: argparse.Namespace, net: str, allocator: str) -> list[dict]:
     if not max(apart.values()) <= TOLERANCE:  # NaN too
         raise SystemExit(f"bench: statistics and hooks differ by {apart}, so nothing was timed")
     steps = {impl: make_step(impl, model, x, target)[0] for impl in BASES}
-    samples = harness.interleave(steps, rounds=args.rounds, sample_s=0.0, clock=harness.clock_for(args))
+    samples = harness.interleave(steps, rounds=args.rounds, sample_s=0.0, clock=harness.clock_for(args, steps=True))
     case = {"net": net, "batch": args.batch} | harness.setting(args, allocator)
     over = {impl: OVER.get(impl, [base] if base else []) for impl, base in BASES.items()}
     rows = harness.rows_of("statistics", case, samples, over)

@@ -161,7 +161,7 @@ def resident_elsewhere(args: argparse.Namespace, net: str, impl: str, tuned: boo
 def bench(args: argparse.Namespace, net: str, allocator: str) -> list[dict]:
     model, x, target = setup(net, args.batch, args.device)
     steps = {impl: make_step(impl, model, x, target) for impl in IMPLS}
-    clock = harness.clock_for(args)
+    clock = harness.clock_for(args, steps=True)
     samples = harness.interleave(steps, rounds=args.rounds, sample_s=0.0, clock=clock)
     case = {"net": net, "batch": args.batch} | harness.setting(args, allocator)
     over = {impl: ["eager"] for impl in IMPLS[1:]}
