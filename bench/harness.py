@@ -149,6 +149,7 @@ def rows_of(
     samples: Samples,
     over: dict[str, Sequence[str]],
     traffic: dict[str, int] | None = None,
+    moved: dict[str, int] | None = None,
 ) -> list[dict]:
     """One row per implementation, without provenance.
 
@@ -157,8 +158,12 @@ def rows_of(
         case: What was timed; with ``impl`` it is the key of the row in tables.
         over: Implementation to those it is compared with.
         traffic: Implementation to the bytes one call must at least move; ``"copy"``, if timed, is the yardstick.
+        moved: Implementation to the bytes its kernels do move, counted, where they say.
     """
-    gb = {name: n / statistics.median(samples[name]) / 1e3 for name, n in (traffic or {}).items()}
+    gb, counted = (
+        {name: n / statistics.median(samples[name]) / 1e3 for name, n in (which or {}).items()}
+        for which in (traffic, moved)
+    )
     rows = []
     for name, values in samples.items():
         median, p20, p80 = map(_short, spread(values))
@@ -168,6 +173,10 @@ def rows_of(
             row["gb_per_s"] = _short(gb[name])
             if "copy" in gb:
                 row["of_copy"] = _short(gb[name] / gb["copy"])
+        if name in counted:
+            row["moved_gb_per_s"] = _short(counted[name])
+            if "copy" in gb:
+                row["moved_of_copy"] = _short(counted[name] / gb["copy"])
         if over.get(name):
             row["speedup"] = {other: speedup(samples, name, other) for other in over[name]}
         rows.append(row)

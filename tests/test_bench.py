@@ -9,6 +9,7 @@ import threading
 
 import pytest
 import torch
+from bn_cases import BACKENDS, device_for
 from torch import nn
 
 from bench import harness, table
@@ -239,8 +240,9 @@ def test_a_damaged_result_file_is_named_by_line(tmp_path):
 @pytest.mark.parametrize("layout", op_bench.LAYOUTS)
 def test_contestants_compute_the_same(what, layout):
     x = torch.randn(4, 5, 6, 7).to(memory_format=op_bench.LAYOUTS[layout])
-    calls = op_bench.contestants(what, x, "eager", compiled=False)
-    names = {"eager", "fastprune", "copy"}
+    others = [op_bench.PER_CHANNEL] if "triton" in BACKENDS else []
+    calls = op_bench.contestants(what, x, {"fastprune": "eager"}, others)
+    names = {"eager", "fastprune", "copy"} | (set(others) if what != "eval" else set())
     names |= {"eager+gates", "fastprune+gates", "fastprune+gates+abs"} if what in ("relu", "add") else set()
     names |= {"fastprune+gates+out"} if what == "add" else set()
     assert set(calls) == names
@@ -250,6 +252,45 @@ def test_contestants_compute_the_same(what, layout):
     for found in results.values():
         assert len(found) == len(results["eager"])
         torch.testing.assert_close(found, results["eager"])
+
+
+@pytest.mark.skipif("triton" not in BACKENDS, reason="triton is not under test")
+@pytest.mark.parametrize("layout", op_bench.LAYOUTS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("shape", [(3, 2, 5, 7), (5, 3, 1, 2), (2, 1, 50, 45)])  # ragged tiles of each kind
+def test_the_batch_norm_per_channel_is_right(shape, dtype, layout):
+    from bench.ops import per_channel
+
+    device = device_for("triton")
+    x = (2 + torch.randn(shape, device=device)).to(dtype, memory_format=op_bench.LAYOUTS[layout]).requires_grad_()
+    weight, bias, dy = torch.rand(shape[1], device=device), torch.rand(shape[1], device=device), torch.randn_like(x)
+    leaves = [x, weight.requires_grad_(), bias.requires_grad_()]
+    stats = [torch.zeros(shape[1], device=device), torch.ones(shape[1], device=device)]
+    y = per_channel.batch_norm(x, weight, bias, *stats)
+    found = [y, *torch.autograd.grad(y, leaves, dy), *stats]
+    wide = [t.detach().double().requires_grad_() for t in leaves]
+    stats = [torch.zeros_like(wide[1]), torch.ones_like(wide[1])]
+    y = torch.nn.functional.batch_norm(wide[0], *stats, *wide[1:], training=True)
+    exact = [y, *torch.autograd.grad(y, wide, dy.double()), *stats]
+    rounding = 2e-3 if dtype == torch.float16 else 2e-5
+    for mine, right in zip(found, exact, strict=True):
+        torch.testing.assert_close(mine.double(), right, rtol=rounding, atol=rounding * right.abs().max().item())
+
+
+def test_the_bench_on_a_gpu_times_every_backend(tmp_path):
+    """As with --device cuda, on the CPU: both are eager, what is looked at is what is compared and counted."""
+    args = harness.arguments("", []).parse_args(["--no-gate", "--rounds", "7", "--out", str(tmp_path)])
+    vars(args).update(
+        shapes=[(2, 3, 4, 4)], dtypes=["float32"], layouts=["nchw"], what=["relu"], sample_ms=0.1, compile=False,
+        per_channel=False, names={"triton": "eager", "cuda": "eager"},
+    )  # fmt: skip
+    rows = {row["impl"]: row for row in op_bench.run(args, "default")}
+    ours = {f"{b}{g}" for b in args.names for g in ("", op_bench.GATES, op_bench.ABS)}
+    assert set(rows) == ours | {"eager", "eager+gates", "copy"}
+    assert set(rows["cuda+gates"]["speedup"]) == {"cuda", "eager+gates"} and set(rows["triton"]["speedup"]) == {"eager"}
+    text = op_bench.summary(list(rows.values()), list(args.names), op_bench.GPU_GOALS)
+    for line in ("ReLU, bandwidth: cuda against copy, 1 cases", "gradients: triton+gates against triton, 1 cases"):
+        assert line in text
 
 
 def test_gate_gradients_of_eager_hook_and_op_agree():
