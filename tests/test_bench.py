@@ -12,8 +12,9 @@ import torch
 from bn_cases import BACKENDS, device_for
 from torch import nn
 
-from bench import harness, table
-from bench.e2e import growing, growing_cifar10, iterative, latency, statistics, step, trainability
+import fastprune as fp
+from bench import gpu_page, harness, table
+from bench.e2e import growing, growing_cifar10, iterative, latency, methods, statistics, step, trainability
 from bench.ops import batch_norm_act as op_bench
 from bench.ops import channel_gate as gate_bench
 from bench.ops import filter_norm as filter_bench
@@ -623,6 +624,68 @@ def test_the_growing_bench_runs_and_writes_its_page(tmp_path, monkeypatch):
     assert rows["loop-tpp"]["metrics"]["calls_added"] > 10  # it works layer by layer
     text = (tmp_path / "page.md").read_text()
     assert text.count("| greg-2-fused |") == 1 and "at most 1.05x" in text and "NOT VERIFIED" in text
+
+
+def test_the_bench_of_methods_runs_and_files_its_rows(tmp_path, monkeypatch):
+    monkeypatch.setitem(methods.NETS, "resnet56", (4, 8))
+    monkeypatch.setattr(methods.models, "create", lambda net: fp.models.resnet_cifar.ResNetCIFAR(1, 10, 3, None, True))
+    argv = "bench --no-gate --amp --interval 2 --layouts nhwc --rounds 7 --impls eager greg-1 tpp rni taylor-gate --out"
+    monkeypatch.setattr(sys, "argv", [*argv.split(), str(tmp_path)])
+    threads = torch.get_num_threads()
+    try:
+        methods.main()
+    finally:
+        torch.set_num_threads(threads)
+    rows = {row["impl"]: row for row in table.latest([tmp_path / "methods.jsonl"])}
+    assert set(rows) == {"eager", *methods.METHODS} and rows["eager"]["cost"] == {}
+    for name in methods.METHODS:
+        cost = rows[name]["cost"]["eager"]
+        assert cost["time"]["ratio"] > 0 and rows[name]["metrics"]["peak_mb"] > 0 and rows[name]["case"]["amp"]
+        assert cost["peak"] == round(rows[name]["metrics"]["peak_mb"] / rows["eager"]["metrics"]["peak_mb"], 4)
+
+
+@pytest.mark.parametrize("impl", methods.METHODS)
+def test_steps_with_methods_train(impl):
+    model, x, target = small()
+    before = [p.clone() for p in model.parameters()]
+    run = methods.make_step(impl, model, x, target, interval=2, amp=False)
+    first, *_, last = [run().item() for _ in range(8)]
+    assert last < first
+    assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))  # it works on a copy
+
+
+def test_the_committed_page_of_the_gpu_is_what_the_rows_say():
+    rows = gpu_page.gpu_rows(sorted(harness.RESULTS.glob("*/*.jsonl")))
+    assert gpu_page.PAGE.read_text() == gpu_page.page(rows)
+
+
+def gpu_result(bench, impl, us, case, **extra):
+    row = result(impl, us, **extra) | {"bench": bench, "case": case}
+    row["provenance"] |= {"device": "NVIDIA H200", "cuda": "13.0"}
+    return row
+
+
+def test_the_page_of_the_gpu_shows_what_was_reached_and_what_not():
+    nothing = gpu_page.page([])
+    assert nothing.count(gpu_page.NOTHING) > 150 and "**missed**" not in nothing and "No GPU yet" in nothing
+    case = {"what": "relu", "shape": "256x64x56x56", "dtype": "bfloat16", "layout": "nhwc", "allocator": "default"}
+    over = {"eager": {"ratio": 1.3}, "torch.compile": {"ratio": 0.98}}
+    rows = [
+        gpu_result("batch_norm_act", "triton", 9.0, case, speedup=over, of_copy=0.7, moved_of_copy=0.91),
+        gpu_result("batch_norm_act", "triton+gates", 9.3, case, speedup={"triton": {"ratio": 0.968}}),
+        gpu_result("batch_norm_act", "cuda", 10.0, case, speedup={"eager": {"ratio": 1.2}}, of_copy=0.99),
+    ]
+    case = {"net": "resnet50", "batch": 256, "layout": "nhwc", "amp": True}
+    cost = {"eager": {"time": {"ratio": 0.95}, "peak": 1.01}}
+    rows.append(gpu_result("methods", "tpp", 1.0, case, cost=cost, metrics={"peak_mb": 2}))
+    text = gpu_page.page(rows)
+    cells = "0.910 | 1.300 | 0.980 **missed** | not yet measured | 1.033 **missed**"
+    assert f"| 256x64x56x56 nhwc, triton | {cells} |" in text and "## NVIDIA H200" in text
+    assert "| resnet50 nhwc tpp | 0.950 | 1.010 **missed** | not yet measured |" in text
+    first, *missed = gpu_page.summary(rows).splitlines()
+    assert first.startswith("3 goals reached, 3 missed, ") and len(missed) == 3
+    assert "missed: 256x64x56x56 nhwc, triton: x torch.compile 0.980, goal 1" in "\n".join(missed)
+    assert gpu_page.gpu_rows([]) == []
 
 
 def test_the_growing_page_shows_what_was_missed():
