@@ -33,7 +33,7 @@ from torch import Tensor, nn
 from fastprune import backends
 from fastprune.errors import GraphError, did_you_mean
 from fastprune.labels import NUMBER, Row, Tracer
-from fastprune.nn import MaskedConv2d
+from fastprune.nn import MaskedConv2d, SyncBatchNormAct2d
 from fastprune.rules import pointwise, register_rule, rule_of
 from fastprune.surgery import TOLERANCE, call, check_plain, compare, leaves, map_tensors, number
 
@@ -426,7 +426,8 @@ def _watch(tracer: Tracer, model: nn.Module, example_inputs: Any) -> str | None:
         try:
             # masked_conv2d in eager is made of ops that have rules, masks included
             noted = _modules_noted(tracer, model, outputs=not training)
-            with tracer, noted, _unfused_attention(), backends.force("eager", "masked_conv2d"):
+            sync_alone = SyncBatchNormAct2d.each_alone()
+            with tracer, noted, _unfused_attention(), backends.force("eager", "masked_conv2d"), sync_alone:
                 out = call(model, inputs)
         except Exception as e:
             reason = f"{type(e).__name__}: {str(e).strip().partition(chr(10))[0]}"  # PyTorch lists all overloads

@@ -16,7 +16,7 @@ from torch.nn.utils.parametrize import is_parametrized
 from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
 
 from fastprune.errors import GraphError
-from fastprune.nn import MaskedConv2d
+from fastprune.nn import MaskedConv2d, SyncBatchNormAct2d
 from fastprune.optim import GrowingSGD
 
 TOLERANCE = 1e-9  # of the largest output, in float64: a different order of summation stays far below
@@ -453,7 +453,11 @@ def compare(
         GraphError: No copy can be made, it runs neither in float64 nor in float32, or its output is not finite.
     """
     devices = {p.device.index for p in model.parameters() if p.device.type == "cuda"}
-    with torch.inference_mode(False), torch.no_grad(), torch.random.fork_rng(devices=sorted(devices)):
+    with ExitStack() as stack:
+        stack.enter_context(torch.inference_mode(False))
+        stack.enter_context(torch.no_grad())
+        stack.enter_context(torch.random.fork_rng(devices=sorted(devices)))
+        stack.enter_context(SyncBatchNormAct2d.each_alone())
         masked, inputs = _stirred(model, example_inputs, seed)
         for m in masked.modules():
             if isinstance(m, nn.modules.dropout._DropoutNd):

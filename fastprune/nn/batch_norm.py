@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -205,8 +206,8 @@ class SigmoidBatchNorm2d(BatchNormAct2d):
 class SyncBatchNormAct2d(BatchNormAct2d):
     """:class:`BatchNormAct2d` whose training statistics span all processes of ``process_group``.
 
-    Batches may differ in size between the processes, or be empty.  In eval mode, with one process, or before
-    ``torch.distributed`` is initialised it is the parent class.
+    Batches may differ in size between the processes, or be empty.  In eval mode, with one process, before
+    ``torch.distributed`` is initialised, or inside :meth:`each_alone` it is the parent class.
 
     Args:
         process_group: Default: all processes.
@@ -214,14 +215,25 @@ class SyncBatchNormAct2d(BatchNormAct2d):
     """
 
     process_group: dist.ProcessGroup | None = None
+    _alone = False
+
+    @classmethod
+    @contextmanager
+    def each_alone(cls) -> Iterator[None]:
+        """Let each process see its own batch only: where a model is looked at, and no statistics are wanted."""
+        was, SyncBatchNormAct2d._alone = SyncBatchNormAct2d._alone, True
+        try:
+            yield
+        finally:
+            SyncBatchNormAct2d._alone = was
 
     def __init__(self, num_features: int, *args: Any, process_group: dist.ProcessGroup | None = None, **kwargs: Any):
         super().__init__(num_features, *args, **kwargs)
         self.process_group = process_group
 
     def _norm(self, x: Tensor, residual: Tensor | None, act: str | None, gates: dict[str, Tensor]) -> Tensor:
-        alone = not (dist.is_available() and dist.is_initialized()) or dist.get_world_size(self.process_group) == 1
-        if alone or not self.training:
+        several = dist.is_available() and dist.is_initialized() and dist.get_world_size(self.process_group) > 1
+        if self._alone or not several or not self.training:
             return super()._norm(x, residual, act, gates)
         update = self.track_running_stats
         return sync_batch_norm_act(
