@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from fastprune import parallel
+
 
 class Loader:
     """Iterate over (images, labels) batches, shuffled and augmented anew each time.
@@ -17,15 +19,19 @@ class Loader:
     ``RandomHorizontalFlip()``, in distribution.  All random numbers of an epoch are drawn at its start on the CPU, so
     every device sees the same batches and a resumed loader continues with the very next one.
 
+    Under ``torch.distributed`` each process gets its share of every batch: together they see what one process would.
+
     Args:
         images: (N, C, H, W), uint8.
         labels: (N,), int64, on the device of ``images``.
-        batch_size: The last batch of an epoch is smaller if N is no multiple.
+        batch_size: Of all processes together.  The last batch of an epoch is smaller if N is no multiple.
         mean, std: C numbers each, on the scale 0 to 1: the batch is ``(images / 255 - mean) / std``.
         pad: Zero pixels added to each side before the random crop; 0 = no crop.
         flip: Mirror each image left to right with probability 1/2.
         shuffle: New order each epoch.
         seed: Of the loader's own generator; the global random state is left alone.
+        even: All processes get equally many images, so that a mean of their means is the mean of all; of the last batch
+            up to ``processes - 1`` images may then be left out.
     """
 
     def __init__(
@@ -40,6 +46,7 @@ class Loader:
         flip: bool = False,
         shuffle: bool = False,
         seed: int = 0,
+        even: bool = False,
     ) -> None:
         if images.dim() != 4 or images.dtype != torch.uint8 or labels.shape != images.shape[:1]:
             raise ValueError(
@@ -51,6 +58,11 @@ class Loader:
             raise ValueError(f"Loader: expected {channels} means and positive stds, got mean {mean} and std {std}")
         if batch_size < 1 or pad < 0:
             raise ValueError(f"Loader: expected batch_size >= 1 and pad >= 0, got {batch_size} and {pad}")
+        self.rank, self.processes, self.even = parallel.rank(), parallel.processes(), even
+        if even and batch_size % self.processes:
+            raise ValueError(
+                f"Loader: expected a batch_size that {self.processes} processes can share evenly, got {batch_size}"
+            )
         self.images, self.labels = images, labels
         self.batch_size, self.pad, self.flip, self.shuffle = batch_size, pad, flip, shuffle
         scale = torch.tensor(std, dtype=torch.float64).mul(255).reciprocal()
@@ -61,7 +73,9 @@ class Loader:
         self._resume = False
 
     def __len__(self) -> int:
-        return -(-len(self.images) // self.batch_size)
+        """Batches of an epoch."""
+        whole, rest = divmod(len(self.images), self.batch_size)
+        return whole + (rest >= (self.processes if self.even else 1))
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         n, device = len(self.images), self.images.device
@@ -76,7 +90,7 @@ class Loader:
         flip = torch.rand(n, generator=self._generator) < 0.5
         order, row, column, flip = (t.to(device) for t in (order, row, column, flip))
         for batch in range(first, len(self)):
-            part = slice(batch * self.batch_size, (batch + 1) * self.batch_size)
+            part = share(n, batch, self.batch_size, self.rank, self.processes, self.even)
             index = order[part]
             x = self.images[index]
             if self.pad:
@@ -86,6 +100,8 @@ class Loader:
             # Before the yield, so that a state saved while the caller holds this batch continues with the next one.
             last = batch + 1 == len(self)
             self._position = (self._generator.get_state(), 0) if last else (epoch_start, batch + 1)
+            if not len(index):
+                continue  # the last batch has fewer images than there are processes
             yield x.float().mul_(self._scale).add_(self._shift), self.labels[index]
 
     def state_dict(self) -> dict[str, Any]:
@@ -96,6 +112,19 @@ class Loader:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue where ``state`` was saved; takes effect at the next ``iter()``."""
         self._position, self._resume = (state["epoch_start"], state["batch"]), True
+
+    def end_epoch(self) -> None:
+        """Leave out what is left of the epoch."""
+        self._position = (self._generator.get_state(), 0)
+
+
+def share(n: int, batch: int, batch_size: int, rank: int, processes: int, even: bool) -> slice:
+    """Of ``n`` images in batches, what process ``rank`` gets of batch number ``batch``."""
+    first = batch * batch_size
+    size = min(batch_size, n - first)
+    if even:
+        size -= size % processes
+    return slice(first + size * rank // processes, first + size * (rank + 1) // processes)
 
 
 def _crop(x: Tensor, pad: int, row: Tensor, column: Tensor) -> Tensor:

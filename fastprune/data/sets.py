@@ -62,7 +62,10 @@ class ImageSet:
         return replace(self, **part)
 
     def loaders(self, batch_size: int, seed: int = 0) -> Loaders:
-        """Shuffled and augmented training batches, and test batches in order as they are."""
+        """Shuffled and augmented training batches, and test batches in order as they are.
+
+        Under ``torch.distributed`` each process gets its share of every batch of ``batch_size``.
+        """
         norm = {"mean": self.mean, "std": self.std}
         train = Loader(
             self.train_images,
@@ -72,6 +75,7 @@ class ImageSet:
             flip=self.flip,
             shuffle=True,
             seed=seed,
+            even=True,
             **norm,
         )
         return Loaders(train, Loader(self.test_images, self.test_labels, batch_size=max(batch_size, 250), **norm))

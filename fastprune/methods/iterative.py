@@ -13,7 +13,7 @@ from torch import Tensor
 from fastprune.compact import compact
 from fastprune.cutting import CutSchedule, IterativeCuts
 from fastprune.methods.base import Method, Options
-from fastprune.parallel import mean_over_processes
+from fastprune.parallel import mean_over_processes, same_masks
 from fastprune.surgery import Copies, shrink
 
 
@@ -44,8 +44,9 @@ class IterativeMethod(Method):
     then on ``keep_masks`` refers to the smaller model, ``survivors`` to the one the run started with.  With a target in
     MACs or parameters the first cut that reaches it is the last one.
 
-    Under ``torch.distributed`` all processes call ``step`` alike: they average the criterion, so that all cut the same.
-    ``DistributedDataParallel`` cannot follow a model that gets smaller: set ``shrink_every=0`` and compact at the end.
+    Under ``torch.distributed`` all processes call ``step`` alike: they average the criterion, so that all cut the same,
+    which each cut checks.  ``DistributedDataParallel`` cannot follow a model that gets smaller: wrap the model anew
+    whenever ``graph`` has become another object, as :func:`fastprune.train.fit` does, or set ``shrink_every=0``.
     """
 
     Options = IterativeOptions
@@ -177,6 +178,8 @@ class IterativeMethod(Method):
 
     @torch.no_grad()
     def _cut(self, keep: dict[str, Tensor], optimizer: torch.optim.Optimizer, ema: Copies) -> None:
+        if not same_masks(keep.values(), next(self.model.parameters()).device):
+            raise ValueError(f"{self.name}: the processes chose different channels; start all with the same weights")
         for name, mask in keep.items():
             self._keep[name] = mask.cpu()
         self._mask(optimizer)

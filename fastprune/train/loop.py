@@ -2,24 +2,32 @@
 
 from __future__ import annotations
 
+import gc
 import math
 import os
 import time
-from collections.abc import Iterable
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
 
+from fastprune import parallel
 from fastprune.errors import DataError, TrainingError
 from fastprune.methods import Method
+from fastprune.methods.iterative import IterativeMethod
 from fastprune.train.metrics import MetricsLog
+from fastprune.train.resume import Checkpoints
+from fastprune.train.step import Settings, Step
 
 Batches = Iterable[tuple[Tensor, Tensor]]  # (images, labels)
-PRECISIONS = {"fp32": None, "bf16": torch.bfloat16}
 CHECK_EVERY = 50  # steps between two looks at the loss: each look waits for the GPU
 
 
@@ -27,8 +35,10 @@ class History(list):
     """One dict per epoch, and the weights of the best one.
 
     Attributes:
-        best: Epoch of the highest test accuracy, the first of equals; None before the first epoch.
-        best_state: The model's state_dict after that epoch.
+        best: Epoch of the highest test accuracy (of the averaged weights, if there are), the first of equals; None
+            before the first epoch.  Epochs before the model got smaller do not count.
+        best_state: The state_dict after that epoch, of the averaged weights if there are.
+        ema: The averaged weights at the end, a copy of the model; None without.
         summary: What the caller has to say about the run as a whole.
     """
 
@@ -36,13 +46,20 @@ class History(list):
         super().__init__(rows)
         self.best: int | None = None
         self.best_state: dict[str, Tensor] = {}
+        self.ema: nn.Module | None = None
         self.summary: dict[str, Any] = {}
 
     def add(self, row: dict[str, Any], model: nn.Module) -> None:
         self.append(row)
-        if self.best is None or row["test_acc"] > self[self.best]["test_acc"]:
+        state = model.state_dict()
+        outdated = any(self.best_state[key].shape != value.shape for key, value in state.items() if self.best_state)
+        if self.best is None or outdated or _score(row) > _score(self[self.best]):
             self.best = len(self) - 1
-            self.best_state = {key: value.detach().clone() for key, value in model.state_dict().items()}
+            self.best_state = {key: value.detach().clone() for key, value in state.items()}
+
+
+def _score(row: dict[str, Any]) -> float:
+    return row.get("ema_test_acc", row["test_acc"])
 
 
 def fit(
@@ -52,188 +69,351 @@ def fit(
     epochs: int,
     optimizer: torch.optim.Optimizer,
     schedule: torch.optim.lr_scheduler.LRScheduler | None = None,
+    schedule_every: str = "epoch",
     method: Method | None = None,
+    until: Callable[[], bool] | None = None,
     log: MetricsLog | None = None,
     checkpoint: str | Path | None = None,
+    checkpoint_minutes: float | None = 10.0,
+    keep_going: bool = False,
     resume: bool = False,
     precision: str = "fp32",
     channels_last: bool = False,
+    compile: bool | str | Mapping[str, Any] = False,
+    clip_norm: float | None = None,
+    accumulate: int = 1,
+    ema: float | None = None,
+    deterministic: bool = False,
     progress: bool = True,
 ) -> History:
     """Train a classifier; at the end ``model`` holds the last weights, the result also the best ones.
 
+    With several processes (:mod:`fastprune.parallel`), all call ``fit`` alike.  Each trains on its share of every
+    batch, gradients and criteria are averaged, so that all keep the same weights and cut the same channels; only the
+    first one writes.  A model with batch norms equals that of one process if these look at all shares: convert it with
+    :func:`fastprune.nn.convert_sync_batchnorm` before the method is made.
+
     Args:
         model: On the device of the data.
-        data: Training and test batches of (images, labels), e.g. ``ImageSet.loaders(64)``.
+        data: Training and test batches of (images, labels), e.g. ``ImageSet.loaders(64)``.  To resume, the training
+            batches need ``state_dict`` and ``load_state_dict``, within an epoch also a length.
         epochs: In all, those before a resumption included.
         optimizer: Over the parameters of ``model``.
-        schedule: Stepped after each epoch.
+        schedule: Of the learning rate.
+        schedule_every: When it is stepped: after each ``"epoch"`` or ``"step"``.
         method: Its penalty is added to the loss and its ``step`` stands for the optimizer's.
-        log: Gets a row per epoch.
-        checkpoint: File with all that a resumed run needs, replaced after the first and the last epoch, and after those
-            between unless writing would take more than a twentieth of the time.  A whole one is always there.
+        until: Asked after each step; True ends the training there, after the test of a last, shorter epoch.  Such as
+            ``lambda: method.finished``.
+        log: Gets a row per epoch.  A resumed run first removes what was written behind the checkpoint.
+        checkpoint: File with all that a resumed run needs, replaced before the first epoch, after the last one, and
+            after those between unless writing would take more than a twentieth of the time.  A whole one is always
+            there.
+        checkpoint_minutes: Time after which it is replaced within an epoch; None: never.
+        keep_going: If a checkpoint or a row cannot be written, warn and train on, instead of stopping.
         resume: Continue from ``checkpoint``, if it exists; on a CPU bit for bit as if uninterrupted.
-        precision: ``"fp32"``, or ``"bf16"`` for autocast.
+        precision: ``"fp32"``, or for autocast ``"bf16"`` or ``"fp16"``.  The latter scales the loss, which methods that
+            score by gradients refuse.
         channels_last: Bring model and images to this memory format.
+        compile: Compile the forward: True, a mode such as ``"max-autotune"``, or keyword arguments of
+            ``torch.compile``.  Evaluation runs eagerly.
+        clip_norm: Scale the gradients of all parameters down to this norm, before the method reads them.
+        accumulate: Batches whose gradients make one step together, as one large batch would but for the norms.
+        ema: Decay per step of an exponential average of the weights, such as 0.999, which is evaluated as well and
+            follows cuts; None: no average.
+        deterministic: Let PyTorch take deterministic algorithms only, and fail where there is none.
         progress: Show a bar, if stderr is a terminal.
 
     Returns: Rows of epoch, step, lr, train_loss (cross-entropy), penalty, train_acc, test_loss, test_acc (shares from 0
-        to 1), seconds, images_per_s (training only).
+        to 1), seconds, images_per_s (training only); with ``ema`` also ema_test_loss and ema_test_acc.
 
     Raises:
-        TrainingError: The loss is not finite; the message names step and learning rate.
+        ValueError: An option out of range, or fp16 with a method that refuses it.
+        TrainingError: The loss is not finite, or a file cannot be written; the message names step and learning rate,
+            and the last good checkpoint, which is kept.
+        CheckpointError: The file to resume from is damaged, or another run's.
         DataError: There are no training or no test images.
     """
-    if precision not in PRECISIONS:
-        raise ValueError(f"fit: precision must be one of {', '.join(PRECISIONS)}, got {precision!r}")
-    train, test = data
-    if channels_last:
-        model.to(memory_format=torch.channels_last)
-    state = _State(model, optimizer, schedule, train, method, Path(checkpoint) if checkpoint else None)
-    history = state.load() if resume else History()
-    with tqdm(total=epochs, initial=len(history), unit="epoch", disable=None if progress else True) as bar:
-        for epoch in range(len(history), epochs):
-            row = {"epoch": epoch, "step": 0, "lr": optimizer.param_groups[0]["lr"]}
-            row |= _train_epoch(model, train, optimizer, method, epoch, precision, channels_last)
-            row |= {f"test_{key}": v for key, v in evaluate(model, test, precision, channels_last).items()}
-            row["step"] = row.pop("steps") + (history[-1]["step"] if history else 0)
-            history.add(row, model)
-            if schedule is not None:
-                schedule.step()
-            if log is not None:
-                log.write(row)
-            state.save(history, must=epoch + 1 == epochs)
-            bar.update()
-            bar.set_postfix_str(f"loss {row['train_loss']:.3f}, test accuracy {row['test_acc']:.2%}")
-    return history
+    if schedule_every not in ("epoch", "step"):
+        raise ValueError(f"fit: schedule_every must be 'epoch' or 'step', got {schedule_every!r}")
+    settings = Settings(precision, channels_last, compile, clip_norm, accumulate, ema)
+    until = until or (lambda: False)
+    with _deterministic(deterministic):
+        run = _Run(model, data, optimizer, schedule, schedule_every, method, settings)
+        run.files(log, Path(checkpoint) if checkpoint else None, checkpoint_minutes, keep_going)
+        run.begin(resume, lambda: len(run.history) >= epochs or until())
+        with _bar(progress, run, epochs) as bar:
+            while not (len(run.history) >= epochs or until()):
+                row = run.epoch(until, bar)
+                run.save(must=len(run.history) == epochs or until())
+                bar.set_postfix_str(f"loss {row['train_loss']:.3f}, test accuracy {row['test_acc']:.2%}")
+        return run.end()
 
 
-def _train_epoch(
-    model: nn.Module,
-    batches: Batches,
-    optimizer: torch.optim.Optimizer,
-    method: Method | None,
-    epoch: int,
-    precision: str,
-    channels_last: bool,
-) -> dict[str, Any]:
-    model.train()
-    start, images, steps = time.perf_counter(), 0, 0
-    losses: list[Tensor] = []  # since the last check
-    totals: Tensor | None = None  # cross-entropy over images, penalty over steps, correct answers; on the device
+class _Run:
+    """What takes part in a run, and where it stands."""
 
-    def check() -> None:
-        for i, loss in enumerate(torch.stack(losses).tolist(), steps - len(losses)):
+    def __init__(
+        self,
+        model: nn.Module,
+        data: tuple[Batches, Batches],
+        optimizer: torch.optim.Optimizer,
+        schedule: torch.optim.lr_scheduler.LRScheduler | None,
+        schedule_every: str,
+        method: Method | None,
+        settings: Settings,
+    ) -> None:
+        if settings.precision == "fp16" and isinstance(method, IterativeMethod):
+            raise ValueError(
+                f"fit: {method.name} scores by gradients, which the GradScaler of fp16 scales; take precision='bf16'"
+            )
+        if settings.channels_last:
+            model.to(memory_format=torch.channels_last)
+        self.model, self.optimizer, self.schedule, self.method = model, optimizer, schedule, method
+        self.train, self.test = data
+        self.schedule_every, self.settings = schedule_every, settings
+        self.history = History()
+        self.tally = _Tally()  # of the epoch that is going on
+
+    def files(self, log: MetricsLog | None, path: Path | None, minutes: float | None, keep_going: bool) -> None:
+        """Say where the run is written down."""
+        self.log = log if parallel.rank() == 0 else None
+        self.unlogged: list[dict[str, Any]] = []  # rows that the disk had no room for
+        # the method first: it makes the model as small as it was, before the weights come
+        parts = {"method": self.method, "model": self.model, "optimizer": self.optimizer, "schedule": self.schedule}
+        self.checkpoints = Checkpoints(path, parts | {"train": self.train}, self._about(), minutes, keep_going)
+
+    def _about(self) -> dict[str, str]:
+        """What this run and a file to resume from must have in common, as the caller made it."""
+        s, sizes = self.settings, [len(group["params"]) for group in self.optimizer.param_groups]
+        about = {"optimizer": f"{type(self.optimizer).__name__} of {sizes} parameters"}
+        about |= {"schedule": f"{type(self.schedule).__name__} by {self.schedule_every}"} if self.schedule else {}
+        about |= {"method": f"{self.method.name} {self.method.options}"} if self.method else {}
+        about |= {"precision": s.precision, "accumulate": str(s.accumulate), "ema": str(s.ema)}
+        about |= {"processes": str(parallel.processes())}
+        if hasattr(self.train, "__len__"):
+            about["batches of an epoch"] = str(len(self.train))
+        return about | {name: f"{tuple(t.shape)}" for name, t in self.model.state_dict().items()}
+
+    def begin(self, resume: bool, over: Callable[[], bool]) -> None:
+        """Go back to where the file stands, or write the first one."""
+        parallel.copy_from_first([*self.model.parameters(), *self.model.buffers()])
+        saved = self.checkpoints.load() if resume else None
+        ema = None
+        if self.settings.ema is not None:  # a copy of the model as small as it is by now
+            ema = AveragedModel(self.model, multi_avg_fn=get_ema_multi_avg_fn(self.settings.ema), use_buffers=True)
+        self.step = Step(self.model, self.optimizer, self.method, ema, self.settings)
+        later = {"ema": ema, "scaler": self.step.scaler}
+        self.checkpoints.parts |= {name: part for name, part in later.items() if part is not None}
+        if saved is None:
+            self.save(must=True)
+            return
+        for name in later.keys() & saved.keys():
+            self.checkpoints.parts[name].load_state_dict(saved[name])
+        self.history = History(saved["rows"])
+        self.history.best, self.history.best_state = saved["best"], saved["best_state"]
+        self.unlogged = self.history[len(self.history) - saved["unlogged"] :]
+        self.tally.load_state_dict(saved["local"]["tally"])
+        if self.log is not None and not over():  # what a run that is over has logged, others may have added to
+            self.log.rewind(saved["log"])
+
+    def save(self, must: bool) -> None:
+        h = self.history
+        state = {"rows": list(h), "best": h.best, "best_state": h.best_state, "unlogged": len(self.unlogged)}
+        state |= {"local": {"tally": self.tally.state_dict()}, "log": self.log.position() if self.log else 0}
+        self.checkpoints.save(state, f"at step {self.tally.steps} of epoch {len(h)}", must)
+
+    def epoch(self, until: Callable[[], bool], bar: tqdm) -> dict[str, Any]:
+        """Train, or go on training, to the end of an epoch and test; the row of it."""
+        row = {"epoch": len(self.history), "step": 0, "lr": self.optimizer.param_groups[0]["lr"]}
+        row |= self._train(until, bar)
+        row["step"] = row.pop("steps") + (self.history[-1]["step"] if self.history else 0)
+        row |= {f"test_{key}": value for key, value in self._evaluate(self.model).items()}
+        judged, ema = self.model, self.step.ema
+        if ema is not None:
+            judged = ema.module
+            row |= {f"ema_test_{key}": value for key, value in self._evaluate(judged).items()}
+        self.history.add(row, judged)
+        if self.schedule is not None and self.schedule_every == "epoch":
+            self.schedule.step()
+        self._write(row)
+        return row
+
+    def _train(self, until: Callable[[], bool], bar: tqdm) -> dict[str, Any]:
+        self.model.train()
+        tally, checkpoints = self.tally, self.checkpoints
+        tally.go()
+        for batches in _grouped(self.train, self.settings.accumulate):
+            tally.add(self.step(batches), batches)
+            if self.schedule is not None and self.schedule_every == "step":
+                self.schedule.step()
+            bar.update(len(batches))
+            looked = tally.steps % CHECK_EVERY == 0
+            if looked:
+                self._check()
+            if until():
+                if hasattr(self.train, "end_epoch"):
+                    self.train.end_epoch()
+                break
+            if (looked or parallel.processes() == 1) and self._within_epoch() and checkpoints.due():
+                self._check()
+                self.save(must=True)
+        self._check()
+        self.tally = _Tally()
+        return tally.row()
+
+    def _within_epoch(self) -> bool:
+        """Whether a file written now could bring the training batches back to where they are."""
+        known = hasattr(self.train, "state_dict") and hasattr(self.train, "__len__")
+        return known and self.tally.batches < len(self.train)
+
+    def _check(self) -> None:
+        """Look at the losses since the last look; all processes see a loss that one of them has."""
+        for i, loss in self.tally.losses():
             if not math.isfinite(loss):
-                lr = optimizer.param_groups[0]["lr"]
+                lr = self.optimizer.param_groups[0]["lr"]
                 raise TrainingError(
-                    f"fit: the loss is {loss} at step {i} of epoch {epoch}, learning rate {lr:g}; "
-                    "lower the learning rate, or look for damaged images or labels"
+                    f"fit: the loss is {loss} at step {i} of epoch {len(self.history)}, learning rate {lr:g}; lower "
+                    f"the learning rate, or look for damaged images or labels{self.checkpoints.kept()}"
                 )
-        losses.clear()
 
-    for x, y in batches:
-        logits = _forward(model, x, precision, channels_last)
-        loss = F.cross_entropy(logits, y)
-        penalty = method.penalty() if method is not None else torch.zeros_like(loss)
-        optimizer.zero_grad()
-        (loss + penalty).backward()
-        if method is not None:
-            method.step(optimizer, loss.detach())
-        else:
-            optimizer.step()
-        with torch.no_grad():
-            seen = torch.stack([loss * len(y), penalty, (logits.argmax(1) == y).sum()])
-            totals = seen if totals is None else totals + seen
-            losses.append(loss.detach() + penalty.detach())
-        images, steps = images + len(y), steps + 1
-        if len(losses) == CHECK_EVERY:
-            check()
-    if totals is None:
-        raise DataError("fit: there are no training images")
-    if losses:
-        check()
-    loss_sum, penalty_sum, correct = totals.tolist()
-    seconds = time.perf_counter() - start
-    return {
-        "steps": steps,
-        "train_loss": loss_sum / images,
-        "penalty": penalty_sum / steps,
-        "train_acc": correct / images,
-        "seconds": seconds,
-        "images_per_s": images / seconds,
-    }
+    def _evaluate(self, model: nn.Module) -> dict[str, float]:
+        parallel.copy_from_first(model.buffers())  # each process has seen its own batches
+        return evaluate(model, self.test, self.settings.precision, self.settings.channels_last)
+
+    def _write(self, row: dict[str, Any]) -> None:
+        if self.log is None:
+            return
+        self.unlogged.append(row)
+        try:
+            while self.unlogged:
+                self.log.write(self.unlogged[0])
+                del self.unlogged[0]
+        except OSError as error:
+            text = f"fit: cannot write {self.log.path} ({error.strerror}){self.checkpoints.kept()}"
+            if not self.checkpoints.keep_going:
+                raise TrainingError(f"{text}; make room and resume") from error
+            warnings.warn(f"{text}; going on", stacklevel=4)
+
+    def end(self) -> History:
+        if self.step.ema is not None:
+            self.history.ema = self.step.ema.module
+        del self.step
+        if parallel.processes() > 1:
+            gc.collect()  # a DistributedDataParallel that outlives its process group may hang
+        return self.history
+
+
+class _Tally:
+    """Counts and sums of an epoch so far."""
+
+    def __init__(self) -> None:
+        self.batches = self.steps = self.images = 0
+        self.seconds = 0.0  # before the interruption
+        self.totals = torch.zeros(3, dtype=torch.float64)  # cross-entropy of images, penalty of steps, right answers
+        self._images, self._weights = -1, self.totals  # images of a step, and what it counts for in the totals
+        self._losses: list[Tensor] = []  # (3,) each, since the last look
+        self._start = time.perf_counter()
+
+    def go(self) -> None:
+        self._start = time.perf_counter()
+
+    def add(self, seen: Tensor, batches: list[tuple[Tensor, Tensor]]) -> None:
+        images = sum(len(y) for _, y in batches)
+        if images != self._images:  # a tensor made in each step would make the host wait for the device
+            self._images, self._weights = images, self.totals.new_tensor([images, 1, 1]).to(seen.device)
+            self.totals = self.totals.to(seen.device)
+        self.totals += seen * self._weights
+        self._losses.append(seen)
+        self.batches, self.steps, self.images = self.batches + len(batches), self.steps + 1, self.images + images
+
+    def losses(self) -> list[tuple[int, float]]:
+        """(step, mean over the processes of loss and penalty) since the last call."""
+        if not self._losses:
+            return []
+        mean = parallel.mean_over_processes(torch.stack(self._losses)[:, :2]).sum(1).tolist()
+        self._losses.clear()
+        return list(enumerate(mean, self.steps - len(mean)))
+
+    def row(self) -> dict[str, Any]:
+        if not self.steps:
+            raise DataError("fit: there are no training images")
+        seconds = self.seconds + time.perf_counter() - self._start
+        counts = self.totals.new_tensor([self.images, self.steps])
+        loss, penalty, right, images, steps = parallel.sum_over_processes(torch.cat([self.totals, counts])).tolist()
+        return {
+            "steps": self.steps,
+            "train_loss": loss / images,
+            "penalty": penalty / steps,
+            "train_acc": right / images,
+            "seconds": seconds,
+            "images_per_s": images / seconds,
+        }
+
+    def state_dict(self) -> dict[str, Any]:
+        seconds = self.seconds + (time.perf_counter() - self._start if self.steps else 0.0)
+        counts = {"batches": self.batches, "steps": self.steps, "images": self.images, "seconds": seconds}
+        return counts | {"totals": self.totals.cpu()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.batches, self.steps, self.images = state["batches"], state["steps"], state["images"]
+        self.seconds, self.totals = state["seconds"], state["totals"]
+
+
+def _grouped(batches: Batches, size: int) -> Iterator[list[tuple[Tensor, Tensor]]]:
+    iterator = iter(batches)
+    while group := list(islice(iterator, size)):
+        yield group
+
+
+def _bar(progress: bool, run: _Run, epochs: int) -> tqdm:
+    """Over batches where their number is known; in the first process only."""
+    known = len(run.train) if hasattr(run.train, "__len__") else None
+    return tqdm(
+        total=known and known * epochs,
+        initial=(known or 0) * len(run.history) + run.tally.batches,
+        unit="batch",
+        disable=None if progress and parallel.rank() == 0 else True,
+    )
+
+
+@contextmanager
+def _deterministic(on: bool) -> Iterator[None]:
+    """PyTorch's deterministic algorithms only, while it is on."""
+    if not on:
+        yield
+        return
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it when it is first used
+    was = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    benchmark = torch.backends.cudnn.benchmark
+    torch.use_deterministic_algorithms(True)
+    torch.backends.cudnn.benchmark = False
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(was[0], warn_only=was[1])
+        torch.backends.cudnn.benchmark = benchmark
 
 
 @torch.no_grad()
 def evaluate(
     model: nn.Module, batches: Batches, precision: str = "fp32", channels_last: bool = False
 ) -> dict[str, float]:
-    """Mean cross-entropy ``loss`` and share of right answers ``acc`` over all images, in eval mode."""
-    was_training = model.training
+    """Mean cross-entropy ``loss`` and share of right answers ``acc`` over all images, in eval mode.
+
+    Several processes must call it together, each with its share of the images, or each with all of them.
+    """
+    settings, was_training = Settings(precision, channels_last), model.training
     model.eval()
-    totals, images = None, 0
+    totals = torch.zeros(2, dtype=torch.float64, device=next(model.parameters()).device)
+    images = 0
     for x, y in batches:
-        logits = _forward(model, x, precision, channels_last)
-        seen = torch.stack([F.cross_entropy(logits, y, reduction="sum"), (logits.argmax(1) == y).sum()])
-        totals = seen if totals is None else totals + seen
+        logits = settings.forward(model, x)
+        loss, right = F.cross_entropy(logits, y, reduction="sum"), (logits.argmax(1) == y).sum()
+        totals += torch.stack([loss, right])
         images += len(y)
     model.train(was_training)
-    if totals is None:
+    totals = torch.cat([totals, totals.new_tensor([images])])
+    loss, right, images = parallel.sum_over_processes(totals).tolist()
+    if not images:
         raise DataError("evaluate: there are no test images")
-    loss, correct = totals.tolist()
-    return {"loss": loss / images, "acc": correct / images}
-
-
-def _forward(model: nn.Module, x: Tensor, precision: str, channels_last: bool) -> Tensor:
-    """Logits in float32."""
-    if channels_last:
-        x = x.contiguous(memory_format=torch.channels_last)
-    dtype = PRECISIONS[precision]
-    with torch.autocast(x.device.type, dtype=dtype, enabled=dtype is not None):
-        return model(x).float()
-
-
-class _State:
-    """All that a resumed run needs, in one file, so that its parts always belong together."""
-
-    def __init__(self, model, optimizer, schedule, train, method, path: Path | None) -> None:
-        # the method first: it makes the model as small as it was, before the weights come
-        parts = {"method": method, "model": model, "optimizer": optimizer, "schedule": schedule, "train": train}
-        self.parts = {name: part for name, part in parts.items() if hasattr(part, "state_dict")}
-        self.path = path
-        self.not_before = 0.0  # time.monotonic() of the next save
-
-    def save(self, history: History, must: bool) -> None:
-        start = time.monotonic()
-        if self.path is None or (start < self.not_before and not must):
-            return
-        state = {name: part.state_dict() for name, part in self.parts.items()}
-        state |= {"rows": list(history), "best": history.best, "best_state": history.best_state}
-        state["rng"] = torch.get_rng_state()
-        if torch.cuda.is_initialized():
-            state["cuda_rng"] = torch.cuda.get_rng_state_all()
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = self.path.with_name(self.path.name + ".tmp")
-        with open(temporary, "wb") as file:
-            torch.save(state, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, self.path)
-        end = time.monotonic()
-        self.not_before = end + 20 * (end - start)
-
-    def load(self) -> History:
-        if self.path is None:
-            raise ValueError("fit: resume=True needs checkpoint, the file to continue from")
-        if not self.path.exists():
-            return History()
-        state = torch.load(self.path, map_location="cpu", weights_only=True)
-        for name, part in self.parts.items():
-            part.load_state_dict(state[name])
-        history = History(state["rows"])
-        history.best, history.best_state = state["best"], state["best_state"]
-        torch.set_rng_state(state["rng"])
-        if "cuda_rng" in state and torch.cuda.is_available():
-            torch.cuda.set_rng_state_all(state["cuda_rng"])
-        return history
+    return {"loss": loss / images, "acc": right / images}

@@ -14,15 +14,16 @@ import torch
 from torch import Tensor, nn
 
 from fastprune import data as datasets
-from fastprune import methods, models
+from fastprune import methods, models, parallel
 from fastprune import nn as fpnn
 from fastprune.compact import compact
-from fastprune.errors import did_you_mean
+from fastprune.errors import TrainingError, did_you_mean
 from fastprune.flops import flops
 from fastprune.train.loop import History, evaluate, fit
 from fastprune.train.metrics import MetricsLog
 from fastprune.train.optim import multistep, sgd
 
+RECORDED = ("channels_last", "clip_norm", "accumulate", "ema", "deterministic")  # in the log's first row
 METHODS = {"rni": "rni", "ucs": "ucs", "l1": "slimming"}  # the authors' names to ours
 ARCHS = {"vgg16": "vgg16-rni", "resnet56": "resnet56-rni"}
 
@@ -43,8 +44,16 @@ def train(
     root: str | Path | None = None,
     out_dir: str | Path | None = None,
     resume: bool = False,
+    checkpoint_minutes: float | None = 10.0,
     precision: str = "fp32",
     channels_last: bool = False,
+    compile: bool | str | Mapping[str, Any] = False,
+    clip_norm: float | None = None,
+    accumulate: int = 1,
+    ema: float | None = None,
+    sync_batchnorm: bool = False,
+    deterministic: bool = False,
+    tensorboard: bool = False,
     fuse: bool = True,
     progress: bool = True,
     limit: int | None = None,
@@ -59,12 +68,17 @@ def train(
         b: Shift of RNI's penalty; nothing to the others.
         lr: Divided by 10 after 50 % and 75 % of the epochs.
         seed: Of initialisation, order and augmentation; sets PyTorch's global seed.
-        device: None: the first GPU if there is one, else the CPU.
+        device: None: the first GPU if there is one, else the CPU.  Under ``torchrun`` the processes train together,
+            each on its share of every batch, with ``"cuda"`` or None each on its own GPU.
         arch_options: Further arguments of the network, e.g. ``{"width": 0.25}`` for ``"vgg16"``.
         root: Folder of the data set.
         out_dir: For ``metrics.jsonl`` and ``last.pt``; None: ``runs/train-<dataset>-<arch>-<method>/seed<seed>``.
         resume: Continue from ``out_dir/last.pt``, if it exists.
-        precision, channels_last, progress: As in :func:`fit`.
+        sync_batchnorm: Under ``torchrun``: norms look at the batches of all processes.
+        tensorboard: Write the log for TensorBoard, too, to ``out_dir``; needs its package.
+        checkpoint_minutes, precision, channels_last, compile, clip_norm, accumulate, deterministic, progress: As in
+            :func:`fit`.
+        ema: As in :func:`fit`; the averaged weights are those that are returned.
         fuse: Run each norm and the ReLU behind it as one kernel; the results differ in rounding only.
         limit: At most so many training and test images, for trials.
 
@@ -77,20 +91,24 @@ def train(
         TrainingError: The loss is not finite.
     """
     name = _method(method)
-    device = _device(device)
+    fitting = {"resume": resume, "checkpoint_minutes": checkpoint_minutes, "progress": progress}
+    fitting |= {"precision": precision, "channels_last": channels_last, "compile": compile, "clip_norm": clip_norm}
+    fitting |= {"accumulate": accumulate, "ema": ema, "deterministic": deterministic}
+    device = parallel.start(device)
     data = _load(dataset, root, device, limit)
     torch.manual_seed(seed)  # before the model is made; the authors seed after, so theirs fixes only the order
     model = _build(arch, arch_options or {}, data, "sigmoid" if method == "rni" else None).to(device)
     if fuse:
         model = fpnn.convert_batchnorm(model, fuse=True)
+    if sync_batchnorm:
+        model = fpnn.convert_sync_batchnorm(model)
     options = {"rni": {"reg_weight": reg_weight, "b": b}, "slimming": {"reg_weight": reg_weight}, "ucs": {}}[name]
     pruner = methods.create(name, model, _example(data), **options)
     what = {"call": "train", "dataset": data.name, "arch": arch, "method": method, **options}
     what |= {"arch_options": dict(arch_options or {})}
     what |= {"epochs": epochs, "lr": lr, "batch_size": batch_size, "seed": seed, "precision": precision}
     out = Path(out_dir or f"runs/train-{data.name}-{arch}-{method}/seed{seed}")
-    fitting = {"resume": resume, "precision": precision, "channels_last": channels_last, "progress": progress}
-    return _fit(model, data, pruner, what, out, fitting)
+    return _fit(model, data, pruner, what, out, tensorboard, fitting)
 
 
 def prune_finetune(
@@ -105,11 +123,21 @@ def prune_finetune(
     device: torch.device | str | None = None,
     *,
     coupled: bool = False,
+    target_macs: float | None = None,
+    target_params: float | None = None,
     root: str | Path | None = None,
     out_dir: str | Path | None = None,
     resume: bool = False,
+    checkpoint_minutes: float | None = 10.0,
     precision: str = "fp32",
     channels_last: bool = False,
+    compile: bool | str | Mapping[str, Any] = False,
+    clip_norm: float | None = None,
+    accumulate: int = 1,
+    ema: float | None = None,
+    sync_batchnorm: bool = False,
+    deterministic: bool = False,
+    tensorboard: bool = False,
     progress: bool = True,
     limit: int | None = None,
 ) -> tuple[nn.Module, History]:
@@ -120,8 +148,9 @@ def prune_finetune(
         method: ``"rni"`` and ``"l1"`` rank all channels together, ``"ucs"`` those of each layer.
         prune_pc: Share of the prunable channels to remove, 0 <= prune_pc < 1; at least 3 stay in each layer.
         coupled: Also prune channels that several convolutions write (residual streams); the authors do not.
-        dataset, epochs, lr, batch_size, seed, device, root, out_dir, resume, precision, channels_last, progress, limit:
-            As in :func:`train`.
+        target_macs, target_params: In place of ``prune_pc``: what the pruned model may have at most; a share of the
+            model's if at most 1, else a number.
+        dataset, epochs, lr, batch_size, seed, device, root, out_dir, resume, limit and the others: As in :func:`train`.
 
     Returns: The pruned model, physically smaller, with the weights of its best epoch, and the log.  ``logs.summary``
         holds accuracy before and after the cut (no fine-tuning), and MACs, parameters and latency of both models.
@@ -131,22 +160,35 @@ def prune_finetune(
         GraphError: The shrunk model does not compute what the masked one does.
     """
     name = _method(method)
-    device = _device(device)
+    fitting = {"resume": resume, "checkpoint_minutes": checkpoint_minutes, "progress": progress}
+    fitting |= {"precision": precision, "channels_last": channels_last, "compile": compile, "clip_norm": clip_norm}
+    fitting |= {"accumulate": accumulate, "ema": ema, "deterministic": deterministic}
+    device = parallel.start(device)
     data = _load(dataset, root, device, limit)
+    targets = {"target_macs": target_macs, "target_params": target_params}
+    targets = {key: value for key, value in targets.items() if value is not None}
+    if targets and prune_pc != 0.5:
+        raise ValueError(f"prune_finetune: expected prune_pc or a target, got {prune_pc:g} and {next(iter(targets))}")
+    ratio = None if targets else prune_pc
     model = copy.deepcopy(model).to(device)
     test, example = data.loaders(batch_size).test, _example(data)
     before = {"acc": evaluate(model, test, precision)["acc"], **_cost(model, example, batch_size)}
-    keep = methods.create(name, model, example, prune_pc, coupled=coupled).keep_masks()
+    keep = methods.create(name, model, example, ratio, coupled=coupled, **targets).keep_masks()
+    if not parallel.same_masks(keep.values(), device):
+        raise TrainingError("prune_finetune: the processes were given different models, and chose different channels")
     model = compact(model, keep, example)
+    if sync_batchnorm:
+        model = fpnn.convert_sync_batchnorm(model)
     after = {"acc": evaluate(model, test, precision)["acc"], **_cost(model, example, batch_size)}
     kept = {group: [int(mask.sum()), len(mask)] for group, mask in keep.items()}
     torch.manual_seed(seed)
-    what = {"call": "prune_finetune", "dataset": data.name, "method": method, "prune_pc": prune_pc}
+    what = {"call": "prune_finetune", "dataset": data.name, "method": method, "prune_pc": ratio}
+    what |= targets
     what |= {"epochs": epochs, "lr": lr, "batch_size": batch_size, "seed": seed, "precision": precision}
     what |= {"dense": before, "pruned": after, "kept": kept}
-    out = Path(out_dir or f"runs/prune-{data.name}-{type(model).__name__}-{method}-{prune_pc:g}/seed{seed}")
-    fitting = {"resume": resume, "precision": precision, "channels_last": channels_last, "progress": progress}
-    return _fit(model, data, None, what, out, fitting)
+    cut = "-".join(f"{key.removeprefix('target_')}{value:g}" for key, value in targets.items()) or f"{prune_pc:g}"
+    out = Path(out_dir or f"runs/prune-{data.name}-{type(model).__name__}-{method}-{cut}/seed{seed}")
+    return _fit(model, data, None, what, out, tensorboard, fitting)
 
 
 def _fit(
@@ -155,13 +197,16 @@ def _fit(
     method: methods.Method | None,
     what: dict[str, Any],
     out: Path,
+    tensorboard: bool,
     fitting: dict[str, Any],
 ) -> tuple[nn.Module, History]:
     epochs, lr = what["epochs"], what["lr"]
     if epochs < 1 or lr <= 0:
         raise ValueError(f"{what['call']}: expected epochs >= 1 and lr > 0, got {epochs} and {lr}")
-    log = MetricsLog(out / "metrics.jsonl")
-    log.write(what)
+    what |= {key: value for key, value in fitting.items() if key in RECORDED and value}
+    log = MetricsLog(out / "metrics.jsonl", out if tensorboard and parallel.rank() == 0 else None)
+    if parallel.rank() == 0 and not (fitting["resume"] and (out / "last.pt").exists()):
+        log.start(what)
     optimizer = sgd(model, lr)
     logs = fit(
         model,
@@ -183,10 +228,6 @@ def _method(name: str) -> str:
     if name not in METHODS:
         raise ValueError(f"unknown method {name!r}{did_you_mean(name, METHODS)}")
     return METHODS[name]
-
-
-def _device(device: torch.device | str | None) -> torch.device:
-    return torch.device(device or ("cuda:0" if torch.cuda.is_available() else "cpu"))
 
 
 def _load(

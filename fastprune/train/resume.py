@@ -1,0 +1,193 @@
+"""What a resumed run needs, in one file that is replaced in one step."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import os
+import random
+import time
+import warnings
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from fastprune import parallel
+from fastprune.errors import CheckpointError, TrainingError
+
+MAGIC = b"fastprune training state 1\n"  # then the SHA-256 of what follows, in hex, and a newline
+
+
+def replace_file(path: Path, *parts: bytes | memoryview) -> None:
+    """Put a file at ``path``, whole and on the disk, or leave the old one.
+
+    Raises:
+        OSError: Anything went wrong; the old file is as it was.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        with open(temporary, "wb") as file:
+            for part in parts:
+                file.write(part)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)  # the new name
+    finally:
+        os.close(folder)
+
+
+def write_state(path: Path, state: dict[str, Any]) -> None:
+    """Raises: OSError, as :func:`replace_file`."""
+    buffer = io.BytesIO()  # so that the disk meets one write, and the file has a hash: torch.load sees no flipped bit
+    torch.save(state, buffer)
+    data = buffer.getbuffer()
+    replace_file(path, MAGIC, hashlib.sha256(data).hexdigest().encode() + b"\n", data)
+
+
+def read_state(path: Path) -> dict[str, Any]:
+    """
+    Raises:
+        CheckpointError: It cannot be read, is no file of ours, or is damaged.
+    """
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise CheckpointError(f"fit: cannot read {path} ({error.strerror})") from error
+    head = len(MAGIC) + 65
+    if data[: len(MAGIC)] != MAGIC:
+        raise CheckpointError(f"fit: expected a checkpoint of fit in {path}, found another kind of file; name another")
+    body = memoryview(data)[head:]
+    if hashlib.sha256(body).hexdigest().encode() + b"\n" != data[len(MAGIC) : head]:
+        raise CheckpointError(f"fit: {path} is damaged; delete it to start anew, or put a copy of it back")
+    return torch.load(io.BytesIO(body), map_location="cpu", weights_only=True)
+
+
+class Checkpoints:
+    """Saves all parts of a run together, and brings them back.
+
+    Args:
+        path: None: nothing is saved.
+        parts: By name; those with a ``state_dict`` are saved, and loaded in this order.
+        about: What a file must agree with to be this run's.
+        minutes: Between two files within an epoch; None: none.
+        keep_going: Only warn if a file cannot be written.
+    """
+
+    def __init__(
+        self,
+        path: Path | None,
+        parts: dict[str, Any],
+        about: dict[str, str],
+        minutes: float | None = None,
+        keep_going: bool = False,
+    ) -> None:
+        self.path, self.about, self.keep_going = path, about, keep_going
+        self.parts = {name: part for name, part in parts.items() if hasattr(part, "state_dict")}
+        self.seconds = None if minutes is None else 60 * minutes
+        self.last: str | None = None  # where the run stood in the file that is there
+        self._saved_at = time.monotonic()
+        self._not_before = 0.0  # time.monotonic() of the next save at the end of an epoch
+
+    def due(self) -> bool:
+        """Whether one within the epoch is.  Under ``torch.distributed`` all processes must ask."""
+        if self.path is None or self.seconds is None:
+            return False
+        return parallel.as_first_says(time.monotonic() - self._saved_at >= self.seconds)
+
+    def save(self, state: dict[str, Any], where: str, must: bool = True) -> None:
+        """Write it.  Under ``torch.distributed`` all processes must call it; the first one writes.
+
+        Args:
+            state: To be saved besides the parts, the same in all processes but for ``state["local"]``.
+            where: The run stands, in words.
+            must: Even if writing then takes more than a twentieth of the time.
+
+        Raises:
+            TrainingError: It cannot be written, or the weights are not finite.
+        """
+        start = time.monotonic()
+        if self.path is None or not parallel.as_first_says(must or start >= self._not_before):
+            return
+        state = {name: part.state_dict() for name, part in self.parts.items()} | state
+        state["local"] = parallel.gathered(state["local"] | {"rng": _random_state(self.parts["model"])})
+        self._check_finite(where)
+        if parallel.rank() == 0:
+            try:
+                write_state(self.path, {"about": self.about, "where": where} | state)
+                self.last = where
+            except OSError as error:
+                self._failed(error, where)
+        end = time.monotonic()
+        self._saved_at, self._not_before = end, end + 20 * (end - start)
+
+    def _check_finite(self, where: str) -> None:
+        parameters = [p.detach() for p in self.parts["model"].parameters() if p.numel()]
+        if not torch.stack([p.isfinite().all() for p in parameters]).all():
+            raise TrainingError(
+                f"fit: the weights are not finite any more, {where}; lower the learning rate{self.kept()}"
+            )
+
+    def _failed(self, error: OSError, where: str) -> None:
+        text = f"fit: cannot write {self.path} ({error.strerror}), {where}{self.kept()}"
+        if not self.keep_going:
+            raise TrainingError(f"{text}; make room and resume, or train on without: keep_going=True") from error
+        warnings.warn(f"{text}; going on without", stacklevel=4)
+
+    def kept(self) -> str:
+        """Where the last good file is, as the tail of an error."""
+        return "" if self.last is None else f"; {self.path} holds the run {self.last}"
+
+    def load(self) -> dict[str, Any] | None:
+        """Bring the parts and this process's random state back; all that was saved, None without a file.
+
+        Raises:
+            ValueError: There is no path.
+            CheckpointError: The file is damaged, or another run's; nothing was changed.
+        """
+        if self.path is None:
+            raise ValueError("fit: resume=True needs checkpoint, the file to continue from")
+        if not parallel.as_first_says(self.path.exists()):
+            return None
+        state = read_state(self.path)
+        for key in sorted(self.about.keys() | state["about"].keys()):
+            here, there = (about.get(key, "nothing") for about in (self.about, state["about"]))
+            if here != there:
+                raise CheckpointError(
+                    f"fit: {self.path} is of another run: {key} is {there} there, {here} here; name another file, or "
+                    "make everything as it was"
+                )
+        for name, part in self.parts.items():
+            part.load_state_dict(state[name])
+        self.last = state["where"]
+        state["local"] = state["local"][parallel.rank()]
+        _set_random_state(state["local"]["rng"], self.parts["model"])
+        return state
+
+
+def _random_state(model: nn.Module) -> dict[str, Any]:
+    """Of Python, NumPy, PyTorch and the GPU of ``model``."""
+    kind, keys, *rest = np.random.get_state()
+    state = {"torch": torch.get_rng_state(), "python": random.getstate()}
+    state["numpy"] = [kind, torch.from_numpy(keys.astype(np.int64)), *rest]
+    device = next(model.parameters()).device
+    return state | ({"cuda": torch.cuda.get_rng_state(device)} if device.type == "cuda" else {})
+
+
+def _set_random_state(state: dict[str, Any], model: nn.Module) -> None:
+    torch.set_rng_state(state["torch"])
+    random.setstate(state["python"])
+    kind, keys, *rest = state["numpy"]
+    np.random.set_state((kind, keys.numpy().astype(np.uint32), *rest))
+    device = next(model.parameters()).device
+    if device.type == "cuda" and "cuda" in state:
+        torch.cuda.set_rng_state(state["cuda"], device)

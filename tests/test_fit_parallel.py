@@ -1,0 +1,96 @@
+"""Two processes that ``fit`` together end where one process with the same batches does, and only one of them writes."""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+import fastprune as fp
+from fastprune import data, parallel
+from fastprune.train import MetricsLog, fit
+
+
+def net():
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Conv2d(1, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 12, 3, padding=1),
+        nn.BatchNorm2d(12), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(12, 10),
+    )  # fmt: skip
+
+
+CUTTING = {"per_cut": 2, "frequency": 2, "max_removed": 8, "stem": True, "coupled": True}
+METHODS = {
+    "taylor-gate": CUTTING | {"shrink_every": 2, "loss_threshold": 10.0},
+    "fisher": {"per_cut": 1, "frequency": 2, "max_removed": 3, "shrink_every": 1},
+    "greg-1": {"update_interval": 1, "stabilize": 2, "reg_step": 0.25},
+    "slimming": {"reg_weight": 1e-2},
+}
+
+
+def train(name, folder, resume=False, epochs=2, **options):
+    """100 images in batches of 16: the last one has 4."""
+    images = data.load("digits", limit=100)
+    model = fp.nn.convert_sync_batchnorm(net()) if parallel.processes() > 1 else net()
+    method = fp.create(name, model, torch.zeros(2, 1, 8, 8), **METHODS[name])
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.02, momentum=0.9)
+    log = MetricsLog(f"{folder}/{name}.jsonl")
+    history = fit(
+        model, images.loaders(16, seed=3), epochs=epochs, optimizer=optimizer, method=method, log=log,
+        checkpoint=f"{folder}/{name}.pt", resume=resume, ema=0.9, clip_norm=5.0, progress=False, **options,
+    )  # fmt: skip
+    weights = {key: t for key, t in model.state_dict().items() if t.is_floating_point()}
+    keep = method.survivors() if hasattr(method, "survivors") else method.keep_masks()
+    return {
+        "weights": weights,
+        "ema": {key: t for key, t in history.ema.state_dict().items() if t.is_floating_point()},
+        "keep": keep,
+        "scores": None if name == "greg-1" else method.scores(),
+        "rows": [{k: v for k, v in row.items() if k not in ("seconds", "images_per_s")} for row in history],
+    }
+
+
+def work(rank, path):
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{path}/store", rank=rank, world_size=2)
+    found = {name: train(name, path) for name in METHODS}
+    train("taylor-gate", f"{path}/again", epochs=1)
+    found["resumed"] = train("taylor-gate", f"{path}/again", resume=True)
+    found["accumulated"] = train("slimming", f"{path}/accumulated", accumulate=2)
+    torch.save(found, f"{path}/{rank}.pt")
+    dist.barrier()
+    parallel.stop()
+
+
+def close(a, b, rtol=1e-4):
+    torch.testing.assert_close(a, b, rtol=rtol, atol=1e-5)
+
+
+def test_two_processes_end_where_one_does(tmp_path):
+    (tmp_path / "one").mkdir()
+    torch.multiprocessing.spawn(work, (str(tmp_path),), nprocs=2)
+    first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
+    for name in METHODS:
+        alone = train(name, tmp_path / "one")
+        a, b = first[name], second[name]
+        assert all(torch.equal(a["keep"][key], b["keep"][key]) for key in a["keep"]), name
+        assert all(torch.equal(a["weights"][key], b["weights"][key]) for key in a["weights"]), name
+        assert a["keep"].keys() == alone["keep"].keys()
+        assert all(torch.equal(a["keep"][key], alone["keep"][key]) for key in a["keep"]), name
+        close(a["weights"], alone["weights"])
+        close(a["ema"], alone["ema"])
+        if a["scores"] is not None:
+            close(a["scores"], alone["scores"], rtol=1e-3)
+        assert a["rows"] == b["rows"] and len(a["rows"]) == 2
+        for mine, theirs in zip(a["rows"], alone["rows"], strict=True):
+            close(mine, theirs)
+        rows = MetricsLog.read(tmp_path / f"{name}.jsonl")
+        assert [row["epoch"] for row in rows] == [0, 1]  # the second process wrote nothing
+    assert int((~torch.cat(list(first["taylor-gate"]["keep"].values()))).sum()) == 8
+    # what a resumed pair of processes ends with, bit for bit
+    for one, name in ((first, "weights"), (first, "ema"), (second, "weights")):
+        got, wanted = one["resumed"][name], one["taylor-gate"][name]
+        assert got.keys() == wanted.keys() and all(torch.equal(got[key], wanted[key]) for key in got)
+    assert first["resumed"]["rows"] == first["taylor-gate"]["rows"]
+    rows = [one["accumulated"]["rows"] for one in (first, second)]
+    assert rows[0] == rows[1] and rows[0][-1]["step"] == 8
