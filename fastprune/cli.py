@@ -32,6 +32,7 @@ class Command(NamedTuple):
     help: str
     run: Callable[[argparse.Namespace], int]
     options: dict[str, dict[str, Any]]  # name or flag: keywords of add_argument
+    example: str = ""  # shown below the help
 
 
 def _quickstart(args: argparse.Namespace) -> int:
@@ -45,6 +46,12 @@ def _oracle(args: argparse.Namespace) -> int:
 
     options = {key: value for key, value in vars(args).items() if key not in ("run", "command", "traceback", "methods")}
     return study.run(**options, criteria=args.methods or study.CRITERIA)
+
+
+def _report(args: argparse.Namespace) -> int:
+    from fastprune import report
+
+    return report.run(args.runs, args.out, title=args.title)
 
 
 def _doctor(args: argparse.Namespace) -> int:
@@ -118,6 +125,7 @@ COMMANDS = {
             "--seed": {"type": int, "default": 0, "metavar": "N", "help": "of every random choice (%(default)s)"},
             "--epochs": {"type": _count, "default": None, "metavar": "N", "help": "of each training and fine-tuning"},
         },
+        "fastprune quickstart --out runs/quickstart --seed 1",
     ),
     "oracle": Command(
         "how well each criterion ranks channels as removing them one by one does",
@@ -167,12 +175,29 @@ COMMANDS = {
             },
             "--resume": {"action": "store_true", "help": "continue, or reuse, the training that --out holds"},
         },
+        "fastprune oracle --dataset imagefolder --root photos --arch resnet18 --methods taylor-gate fisher",
     ),
-    "doctor": Command("what works on this machine, what does not and why", _doctor, {}),
+    "report": Command(
+        "one self-contained HTML page about one or more runs: accuracy, widths, importances, cost",
+        _report,
+        {
+            "runs": {"type": Path, "nargs": "+", "metavar": "RUN", "help": "run folders, or folders that hold some"},
+            "--out": {
+                "type": Path,
+                "default": Path("report.html"),
+                "metavar": "FILE",
+                "help": "the page; an older one is replaced (%(default)s)",
+            },
+            "--title": {"metavar": "TEXT", "help": "headline (the names of the runs)"},
+        },
+        "fastprune report runs/quickstart --out quickstart.html",
+    ),
+    "doctor": Command("what works on this machine, what does not and why", _doctor, {}, "fastprune doctor"),
     "list": Command(
         "models, methods and data sets by name",
         _list,
         {"what": {"nargs": "?", "choices": ("models", "methods", "datasets"), "help": "only these"}},
+        "fastprune list methods",
     ),
 }
 
@@ -184,7 +209,8 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.set_defaults(run=lambda args: parser.print_help() or 0)
     subparsers = parser.add_subparsers(metavar="COMMAND", dest="command")
     for name, command in COMMANDS.items():
-        sub = subparsers.add_parser(name, help=command.help, description=command.help, allow_abbrev=False)
+        about = {"help": command.help, "description": command.help, "epilog": f"example: {command.example}"}
+        sub = subparsers.add_parser(name, **about, allow_abbrev=False)
         sub.set_defaults(run=command.run)
         for option, keywords in command.options.items():
             sub.add_argument(option, **keywords)

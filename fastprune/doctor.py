@@ -18,6 +18,7 @@ OPTIONAL = {
     "triton": "GPU kernels",
     "scikit-learn": "the digits data set, quickstart",
     "matplotlib": "pictures, quickstart",
+    "jinja2": "reports",
     "timm": "timm's models",
     "onnx": "ONNX export",
     "onnxscript": "ONNX export",

@@ -37,15 +37,21 @@ def test_no_command_shows_them_all(capsys):
 def test_help(capsys, command):
     code, out, _ = call(capsys, command, "--help")
     assert code == 0 and out.startswith(f"usage: fastprune {command}")
-    for option in cli.COMMANDS[command].options:
-        assert option in out or option == "what"  # argparse shows its choices
+    for option, keywords in cli.COMMANDS[command].options.items():
+        assert keywords.get("metavar", option) in out or option == "what"  # argparse shows its choices
+    assert f"example: fastprune {command}" in " ".join(out.split())
+
+
+def test_examples_parse():
+    for command in cli.COMMANDS.values():
+        assert cli._parse(command.example.split()[1:]).run is command.run
 
 
 @pytest.mark.parametrize(
     "argv, says",
     [
         (["quikstart"], "unknown command 'quikstart'; did you mean 'quickstart'?"),
-        (["frobnicate"], "unknown command 'frobnicate'. Known: doctor, list, oracle, quickstart"),
+        (["frobnicate"], "unknown command 'frobnicate'. Known: doctor, list, oracle, quickstart, report"),
         (["quickstart", "--epohcs", "3"], "unknown argument '--epohcs'; did you mean '--epochs'?"),
         (["quickstart", "--epohcs=3"], "did you mean '--epochs'?"),
         (["quickstart", "--epochs", "0"], "--epochs: expected a whole number, 1 or more, got '0'"),

@@ -26,7 +26,7 @@ LAYERS = (
     ("methods",),
     ("data", "train"),
     ("__init__",),  # the public names
-    ("doctor", "quickstart", "study"),
+    ("doctor", "quickstart", "study", "report"),
     ("cli",),
     ("__main__",),
 )
