@@ -10,13 +10,14 @@ from __future__ import annotations
 
 import math
 import os
-from functools import lru_cache
 from itertools import accumulate
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from . import tables
 
 _INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
 
@@ -185,14 +186,11 @@ def split(dtype: torch.dtype) -> bool:
 Layer = tuple[int, int, int, int]  # address, rows, cut rows, width
 
 
-@lru_cache(maxsize=16)
+@tables.cached(16)
 def _tables(
     layers: tuple[Layer, ...], cut: float, kept: float, itemsize: int, block: int, device: torch.device
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, int, list[int]]:
-    """Layers, tiles of G, tiles of the gradients, factors; elements of the matrices; where gradients start, and end.
-
-    Only the key goes in, so a hit is right whatever lives there by now.
-    """
+    """Layers, tiles of G, tiles of the gradients, factors; elements of the matrices; where gradients start, and end."""
     rows, gram, grads, factors, order, matrix = [], [], [], [], 0, 0
     starts = [0, *accumulate(-(-n * width // 16) * 16 for _, n, _, width in layers)]
     for index, (address, n, cuts, width) in enumerate(layers):
@@ -212,7 +210,7 @@ def _tables(
         matrix += n * (-(-n // 16) * 16)
 
     def put(numbers: list, columns: int, dtype: torch.dtype = torch.int64) -> Tensor:
-        return torch.tensor(numbers, dtype=dtype).reshape(-1, columns).to(device)
+        return tables.put(torch.tensor(numbers, dtype=dtype).reshape(-1, columns), device)
 
     return put(rows, 8), put(gram, 3), put(grads, 5), put(factors, 2, torch.float64), matrix, starts
 

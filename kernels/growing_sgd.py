@@ -21,6 +21,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from . import tables
+
 Dims = tuple[tuple[int, int], ...]  # (size, stride) along the memory of a parameter, the fastest first
 STEP, GROW, HOLD = 0, 1, 2
 
@@ -148,14 +150,14 @@ def config() -> dict[str, int]:
     return {"BLOCK": 1024, "num_warps": 4}
 
 
-@lru_cache(maxsize=64)
+@tables.cached(64)
 def _owners(sizes: tuple[int, ...], block: int, device: torch.device) -> Tensor:
     """(blocks,) int32 on ``device``."""
     blocks = torch.tensor([-(-size // block) for size in sizes])
-    return torch.repeat_interleave(torch.arange(len(sizes), dtype=torch.int32), blocks).to(device)
+    return tables.put(torch.repeat_interleave(torch.arange(len(sizes), dtype=torch.int32), blocks), device)
 
 
-@lru_cache(maxsize=16)
+@tables.cached(16)
 def _table(
     addresses: tuple[tuple[int, ...], ...],  # of params, of grads, of momenta; those not there are those of params
     sizes: tuple[int, ...],
@@ -165,7 +167,7 @@ def _table(
     block: int,
     device: torch.device,
 ) -> Tensor:
-    """(tensors, 8 + 4 * dims) int64 on ``device``.  Only the key goes in, so a hit is right whatever lives there."""
+    """(tensors, 8 + 4 * dims) int64 on ``device``."""
     rows, first = [], 0
     for *three, size in zip(*addresses, sizes, strict=True):
         rows.append([*three, first, size, 0, 0, all(a % 16 == 0 for a in three), *(1, 0) * (2 * dims)])
@@ -175,8 +177,7 @@ def _table(
             rows[i][5 + column] = address
             begin = 8 + 2 * dims * column
             rows[i][begin : begin + 2 * len(spread)] = [n for pair in spread for n in pair]
-    on_gpu = device.type == "cuda"  # from pinned memory the copy waits for nothing
-    return torch.tensor(rows, dtype=torch.int64, pin_memory=on_gpu).to(device, non_blocking=on_gpu)
+    return tables.put(torch.tensor(rows, dtype=torch.int64), device)
 
 
 @lru_cache(maxsize=4096)

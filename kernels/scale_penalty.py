@@ -7,12 +7,12 @@ has 10^4 scales: what counts is launches, not bandwidth (a scale's itemsize read
 
 from __future__ import annotations
 
-from functools import lru_cache
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from . import tables
 
 
 @triton.jit
@@ -72,17 +72,17 @@ def _terms(dtype: torch.dtype) -> int:
     return 17 if dtype == torch.float64 else 8
 
 
-@lru_cache(maxsize=256)
+@tables.cached(256)
 def _table(
     addresses: tuple[int, ...], sizes: tuple[int, ...], itemsize: int, block: int, device: torch.device
 ) -> Tensor:
-    """(blocks, 3) int64 on ``device``.  Only the key goes in, so a hit is right whatever lives there by now."""
+    """(blocks, 3) int64 on ``device``."""
     rows, offset = [], 0
     for address, size in zip(addresses, sizes, strict=True):
         for start in range(0, size, block):
             rows.append((address + start * itemsize, min(block, size - start), offset + start))
         offset += size
-    return torch.tensor(rows, dtype=torch.int64).reshape(-1, 3).to(device)
+    return tables.put(torch.tensor(rows, dtype=torch.int64).reshape(-1, 3), device)
 
 
 def scale_penalty(scales: list[Tensor], kind: str, shift: float) -> tuple[Tensor, Tensor]:

@@ -443,18 +443,18 @@ def test_optimizer_step_over_blocks_of_every_kind():
 def test_optimizer_tables_follow_addresses_and_not_numbers():
     params, grads, momenta = tensors_of((4, 3, 2, 2), (9,))
     reg = {0: torch.zeros(4, 1, 1, 1, device=DEVICE)}
-    sgd._table.cache_clear()
+    sgd._table.clear()
     for turn in range(4):
         sgd_step(params, grads, momenta, reg, lr=0.1 / (turn + 1), wd=0.01 * (turn + 1))
         reg[0] += 0.5  # in place: the same table
-    assert sgd._table.cache_info().misses == 1
+    assert sgd._table.misses == 1
     grads = [g.clone() for g in grads]
     sgd_step(params, grads, momenta, reg)
     params[0].data = params[0].data[:2].clone()  # a cut: as fastprune.compact leaves it
     grads[0], momenta[0], reg[0] = grads[0][:2], momenta[0][:2], reg[0][:2]
     sgd_step(params, grads, momenta, reg)
     sgd_step(params, grads, momenta)
-    assert sgd._table.cache_info().misses == 4
+    assert sgd._table.misses == 4
 
 
 def test_dimensions_along_the_memory_of_a_parameter():
