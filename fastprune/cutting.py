@@ -75,9 +75,11 @@ class CutSchedule:
 class IterativeCuts:
     """The state of a cutting schedule: running scores and what has been removed.
 
-    Call :meth:`add` at each step and, whenever :attr:`due`, :meth:`cut`.  Ranking removed channels first, with value 0,
-    makes the choice the same whether they are still there, masked, or physically gone (:meth:`shrink`).  Between cuts
-    nothing waits for the device.  Under data parallelism reduce the criteria over the processes before ``add``.
+    Call :meth:`add` at each step and, whenever :attr:`due`, :meth:`cut`.  :meth:`add` is :meth:`accumulate` and
+    :meth:`accumulate_loss`, which only launch work on fixed tensors, and :meth:`count` on the host.  Ranking removed
+    channels first, with value 0, makes the choice the same whether they are still there, masked, or physically gone
+    (:meth:`shrink`).  Between cuts nothing waits for the device.  Under data parallelism reduce the criteria over the
+    processes before ``add``.
 
     Args:
         sizes: Layer name to its number of channels, in the order of a flat vector.
@@ -142,16 +144,49 @@ class IterativeCuts:
         flat = self._flat(criteria)
         if loss is None and self.schedule.loss_threshold is not None:
             raise ValueError("IterativeCuts.add: loss_threshold is set, so the loss of each step is needed, got None")
-        self._steps += 1
-        if self._steps <= self.schedule.start_after or self.finished:
-            return
-        if not self._window:
-            self._total = torch.zeros_like(flat, dtype=torch.float64)
-            self._loss = self._total.new_zeros(())
-        self._total = self._total.to(flat.device).add_(flat.detach())  # it moves after loading a state only
+        self.accumulate(flat)
         if loss is not None:
-            self._loss = self._loss.to(flat.device).add_(loss.detach() if isinstance(loss, Tensor) else loss)
-        self._window += 1
+            self.accumulate_loss(loss)
+        self.count()
+
+    def accumulate(self, criteria: Mapping[str, Tensor] | Tensor) -> None:
+        """The device's part of :meth:`add`, criteria."""
+        flat = self._flat(criteria)
+        if self.finished:
+            return
+        if self._total is None:
+            self._total = torch.zeros_like(flat, dtype=torch.float64)
+        self._total = self._total.to(flat.device).add_(flat.detach())  # it moves after loading a state only
+
+    def accumulate_loss(self, loss: Tensor | float) -> None:
+        """The device's part of :meth:`add`, loss."""
+        if self.finished:
+            return
+        loss = loss.detach() if isinstance(loss, Tensor) else torch.tensor(loss)
+        if self._loss is None:
+            self._loss = torch.zeros_like(loss, dtype=torch.float64)
+        self._loss = self._loss.to(loss.device).add_(loss)
+
+    def count(self) -> None:
+        """The host's part of :meth:`add`."""
+        self._steps += 1
+        if self.finished:
+            return
+        if self._steps <= self.schedule.start_after:
+            self._clear()
+        else:
+            self._window += 1
+
+    @property
+    def totals(self) -> tuple[Tensor | None, Tensor | None]:
+        """What criteria and losses are added up in."""
+        return self._total, self._loss
+
+    def _clear(self) -> None:
+        """In place: who captured a step goes on with the same tensors."""
+        for total in (self._total, self._loss):
+            if total is not None:
+                total.zero_()
 
     def cut(self) -> dict[str, Tensor]:
         """Close the window and choose: layer name to bool (C,), True = keep, on the device of the criteria.
@@ -164,7 +199,8 @@ class IterativeCuts:
         if not self._window:
             raise ValueError("IterativeCuts.cut: no criteria since the last cut; call add() at each step")
         s, device = self.schedule, self._total.device
-        total = torch.cat((self._total, self._loss.view(1))).cpu()
+        loss = self._total.new_zeros(1) if self._loss is None else self._loss.to(device).view(1)
+        total = torch.cat((self._total, loss)).cpu()
         loss, fresh = total[-1].item() / self._window, total[:-1] / self._window
         if s.loss_threshold is None or loss <= s.loss_threshold:
             for name, score in self._split(fresh).items():
@@ -178,7 +214,8 @@ class IterativeCuts:
             self._choose()
             self._exhausted = self.removed == before
             self.cuts += 1
-        self._first, self._window, self._total, self._loss = False, 0, None, None
+        self._first, self._window = False, 0
+        self._clear()
         self.windows += 1
         return {name: keep.to(device) for name, keep in self._keep.items()}
 
@@ -225,8 +262,8 @@ class IterativeCuts:
             "steps": self._steps,
             "window": self._window,
             "first": self._first,
-            "total": _clone(self._total),
-            "loss": _clone(self._loss),
+            "total": _clone(self._total) if self._window else None,
+            "loss": _clone(self._loss) if self._window else None,
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:

@@ -19,7 +19,7 @@ from fastprune.graph import ChannelGraph, Group, trace
 from fastprune.optim import GrowingSGD
 from fastprune.ratios import Ratio, left_alone, resolve, skipped
 from fastprune.select import Limits, Ranking, keep_masks, limits
-from fastprune.surgery import Plan
+from fastprune.surgery import Copies, Plan
 
 _TYPES = {"bool": bool, "int": Integral, "float": Real, "str": str, "tuple": Sequence, "None": type(None)}
 METHODS: dict[str, type[Method]] = {}
@@ -113,8 +113,13 @@ class Options:
 class Method:
     """One pruning method on one model.  Subclasses override the hooks they need.
 
-    ``prepare`` once; then per step ``penalty`` before the backward, and inside :meth:`step` ``after_backward``, the
-    optimizer's step, ``after_step``.  ``scores`` rank the channels of ``groups``.
+    ``prepare`` once; then per step ``penalty`` before the backward, and :meth:`step`, which is ``update`` on the host,
+    ``launch`` (``after_backward``, the optimizer's step, ``after_step``) on the device, and ``advance`` on the host.
+    ``scores`` rank the channels of ``groups``.
+
+    What ``penalty`` and ``launch`` hand to the device is the same in every step, as long as :meth:`structure` is: they
+    read nothing back and decide nothing, and what changes lies in tensors that ``update`` and ``advance`` rewrite in
+    place.  So a step can be captured and replayed, see :mod:`fastprune.capture`.
     """
 
     name: ClassVar[str]
@@ -136,7 +141,7 @@ class Method:
         self.steps = 0  # optimizer steps made
         self.reg: dict[Tensor, Tensor] = {}  # parameter -> extra weight decay, broadcastable to it
         self.held: dict[Tensor, Tensor] = {}  # parameter -> bool, broadcastable to it; False = zero, and stays so
-        self._no_penalty = torch.zeros(())  # made once: a step should launch no more than it must
+        self._no_penalty = torch.zeros((), device=next(model.parameters()).device)  # made once, not in every step
         self.groups: dict[str, Group] = {
             key: group
             for key, group in graph.groups.items()
@@ -184,14 +189,27 @@ class Method:
         """To be added to the loss: scalar, zero if the method has none."""
         device = next(self.model.parameters()).device
         if self._no_penalty.device != device:
-            self._no_penalty = self._no_penalty.to(device)
+            self._no_penalty = torch.zeros((), device=device)
         return self._no_penalty
+
+    def update(self) -> None:
+        """On the host, before the device's work of a step; once a step, and :meth:`step` calls it at the latest."""
+        if self.held and not fits(*next(iter(self.held.items()))):
+            self.held = {}  # the caller has removed it, see fastprune.compact
 
     def after_backward(self) -> None:
         """Gradients are ready: read them for scores, or edit them."""
 
     def after_step(self) -> None:
         """Weights are updated."""
+
+    def advance(self, optimizer: torch.optim.Optimizer, *, ema: Copies = None) -> None:
+        """On the host, when the device's work of a step is handed over: count, and cut when due."""
+        self.steps += 1
+
+    def structure(self) -> tuple:
+        """Equal in two steps whose ``penalty`` and ``launch`` hand the device the same work on the same tensors."""
+        return tuple(map(id, (*self.reg, *self.reg.values(), *self.held, *self.held.values())))
 
     def step(
         self, optimizer: torch.optim.Optimizer, loss: Tensor | None = None, scaler: torch.amp.GradScaler | None = None
@@ -207,9 +225,15 @@ class Method:
         Raises:
             ValueError: A regularisation, and an optimizer other than ours with ``maximize=True``.
         """
+        self.update()
+        self.launch(optimizer, loss, scaler)
+        self.advance(optimizer)
+
+    def launch(
+        self, optimizer: torch.optim.Optimizer, loss: Tensor | None = None, scaler: torch.amp.GradScaler | None = None
+    ) -> None:
+        """The device's work of :meth:`step`."""
         self.after_backward()
-        if self.held and not fits(*next(iter(self.held.items()))):
-            self.held = {}  # the caller has removed it, see fastprune.compact
         ours = isinstance(optimizer, GrowingSGD)
         if ours:  # a frozen parameter may be none of the optimizer's
             optimizer.constrain(*({p: t for p, t in of.items() if p.requires_grad} for of in (self.reg, self.held)))
@@ -230,17 +254,21 @@ class Method:
         if self.held and not ours:
             self._zero_held()
         self.after_step()
-        self.steps += 1
 
     @torch.no_grad()
     def hold(self, keep: Mapping[Tensor, Tensor], optimizer: torch.optim.Optimizer | None = None) -> None:
         """Zero what ``keep`` marks False, and see to it that each step leaves it so.
 
         Args:
-            keep: Parameter to a bool tensor that broadcasts to it; replaces what was held before.
+            keep: Parameter to a bool tensor that broadcasts to it, copied; replaces what was held before.
             optimizer: Its state is zeroed there too.
         """
-        self.held = dict(keep)
+        like = {id(p): (t.shape, t.device) for p, t in self.held.items()}
+        if like == {id(p): (t.shape, t.device) for p, t in keep.items()}:
+            for p, stays in keep.items():
+                self.held[p].copy_(stays)  # in place, so that a captured step need not be captured anew
+        else:
+            self.held = {p: t.clone() for p, t in keep.items()}
         for p, stays in self.held.items():
             for entry in optimizer.state.get(p, {}).values() if optimizer is not None else ():
                 if isinstance(entry, Tensor) and entry.shape == p.shape:

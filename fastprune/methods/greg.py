@@ -27,6 +27,7 @@ from fastprune.growing import GrowingCoefficients, Growth
 from fastprune.methods.base import register
 from fastprune.methods.magnitude import MagnitudeMethod, MagnitudeOptions, _enter
 from fastprune.parallel import processes, same_in_all_processes
+from fastprune.surgery import Copies
 
 
 @dataclass(frozen=True)
@@ -152,12 +153,18 @@ class GrowingMethod(MagnitudeMethod):
                 _enter(numbers, self.model, group, key, base)
             base += group.size
         self._row_channel = np.concatenate([np.zeros(0, int), *numbers.values()])
-        self._flat = torch.zeros(len(self._row_channel), dtype=dtype, device=device)
-        parts = self._flat.split([len(channel) for channel in numbers.values()])
+        # and one more, the weight of a penalty, so that an update is one copy
+        self._flat = torch.zeros(len(self._row_channel) + 1, dtype=dtype, device=device)
+        *parts, last = self._flat.split([*(len(channel) for channel in numbers.values()), 1])
+        self._penalty_factor = last.view(())
         self._reg = {}
         for (name, dim), part in zip(numbers, parts, strict=True):
             p = self.model.get_parameter(name)
             self._reg[p] = part.view([-1 if d == dim else 1 for d in range(p.dim())])
+
+    def _penalty_weight(self) -> float:
+        """What ``_penalty_factor`` holds on the device, where a captured step reads it."""
+        return 0.0
 
     def _regularised(self, group: Group) -> list[tuple[str, int]]:
         """Dimensions of parameters whose entries along a channel get its coefficient."""
@@ -207,7 +214,10 @@ class GrowingMethod(MagnitudeMethod):
             return
         if not self.by_weight:
             reg = np.append(self.growth.reg, self.growth.dtype(0))[self._row_channel]  # -1 finds the 0
-            self._flat.copy_(torch.from_numpy(reg))
+            reg = torch.from_numpy(np.append(reg, self.growth.dtype(self._penalty_weight())))
+            if self._flat.is_cuda:
+                reg = reg.pin_memory()  # from there the copy waits for nothing
+            self._flat.copy_(reg, non_blocking=True)
         elif self._chosen is None:
             self._flat.fill_(float(self.growth.level[0]))
         else:
@@ -224,7 +234,8 @@ class GrowingMethod(MagnitudeMethod):
         """``"grow"``, ``"stabilize"`` or ``"done"``."""
         return "done" if self.finished else "grow" if self.stable_since < 0 else "stabilize"
 
-    def after_backward(self) -> None:
+    def update(self) -> None:
+        super().update()
         if not self._compared:
             self._compare_processes()
         self._grow()
@@ -241,10 +252,8 @@ class GrowingMethod(MagnitudeMethod):
                 "which gives all of them the same weights"
             )
 
-    def step(
-        self, optimizer: torch.optim.Optimizer, loss: Tensor | None = None, scaler: torch.amp.GradScaler | None = None
-    ) -> None:
-        super().step(optimizer, loss, scaler)
+    def advance(self, optimizer: torch.optim.Optimizer, *, ema: Copies = None) -> None:
+        super().advance(optimizer)
         if self.phase == "stabilize" and self.steps - 1 - self.stable_since >= self.options.stabilize:
             self.reg = {}
             self.cut(optimizer)

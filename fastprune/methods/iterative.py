@@ -52,6 +52,8 @@ class IterativeMethod(Method):
     Options = IterativeOptions
     first_extra = 0  # steps that the first window is longer
     per_step = True  # the criterion belongs to a step; else it can be made at any time
+    on_host = False  # the criterion is made between the steps, and not a part of one that is captured
+    alike = False  # it is the same in all processes anyhow
 
     def prepare(self) -> None:
         self._sum: Tensor | None = None  # of the criterion since the last cut, for one cut at the end
@@ -117,28 +119,56 @@ class IterativeMethod(Method):
         Raises:
             ValueError: An enabled ``scaler``, or no loss where ``loss_threshold`` wants it.
         """
+        self.update()
+        self.launch(optimizer, loss, scaler)
+        self.advance(optimizer, ema=ema)
+
+    def launch(
+        self, optimizer: torch.optim.Optimizer, loss: Tensor | None = None, scaler: torch.amp.GradScaler | None = None
+    ) -> None:
         if scaler is not None and scaler.is_enabled():
             raise ValueError(
                 f"{self.name}: its scores are made of gradients, which a GradScaler scales; use bfloat16 without one"
             )
-        super().step(optimizer, loss)
-        if self.finished:
+        if self.options.loss_threshold is None or self.cuts is None:
+            loss = None
+        elif loss is None:
+            raise ValueError(f"{self.name}: loss_threshold needs the loss; call step(optimizer, loss)")
+        super().launch(optimizer)
+        if self._collects and not self.on_host:
+            self._collect()
+        if self._collects and loss is not None:
+            self.cuts.accumulate_loss(mean_over_processes(loss))
+
+    def advance(self, optimizer: torch.optim.Optimizer, *, ema: Copies = None) -> None:
+        super().advance(optimizer)
+        if not self._collects:
             return
-        if self.cuts is None and not self.per_step:
+        if self.on_host:
+            self._collect()
+        if self.cuts is None:
+            self._count += 1
             return
-        with torch.no_grad():
-            criterion = mean_over_processes(self.criterion())
-            if self.cuts is None:
-                self._sum = criterion if self._sum is None else self._sum.add_(criterion)
-                self._count += 1
-                return
-            if self.options.loss_threshold is not None and loss is None:
-                raise ValueError(f"{self.name}: loss_threshold needs the loss; call step(optimizer, loss)")
-            if self.options.loss_threshold is not None:
-                loss = mean_over_processes(loss)
-            self.cuts.add(criterion, loss)
-            if self.cuts.due:
-                self._cut(self.cuts.cut(), optimizer, ema)
+        self.cuts.count()
+        if self.cuts.due:
+            self._cut(self.cuts.cut(), optimizer, ema)
+
+    def structure(self) -> tuple:
+        total = None if self.cuts is None else self.cuts.totals
+        return *super().structure(), self.finished, id(self._sum), *map(id, total or ())
+
+    @property
+    def _collects(self) -> bool:
+        return not self.finished and (self.cuts is not None or self.per_step)
+
+    @torch.no_grad()
+    def _collect(self) -> None:
+        """Take in the criterion of this step."""
+        criterion = self.criterion() if self.alike else mean_over_processes(self.criterion())
+        if self.cuts is not None:
+            self.cuts.accumulate(criterion)
+        else:
+            self._sum = criterion.clone() if self._sum is None else self._sum.add_(criterion)
 
     def scores(self) -> dict[str, Tensor]:
         """Of the last cut, of all steps so far, or of now, (C,) float64 by group."""

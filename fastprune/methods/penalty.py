@@ -9,7 +9,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 
-def penalty_of(value: Tensor, parameters: Sequence[Tensor], grads: Sequence[Tensor], weight: float = 1.0) -> Tensor:
+def penalty_of(
+    value: Tensor, parameters: Sequence[Tensor], grads: Sequence[Tensor], weight: float | Tensor = 1.0
+) -> Tensor:
     """``weight * value`` as a term of a loss, whose gradients are known.
 
     Handed to autograd, the gradients would be added one by one: a launch per parameter.  So ``torch.autograd.grad``
@@ -19,7 +21,7 @@ def penalty_of(value: Tensor, parameters: Sequence[Tensor], grads: Sequence[Tens
         value: Scalar, without autograd.
         parameters: Leaves that require a gradient, at least one.
         grads: Of ``value`` with respect to each, of its shape; read in the backward, so not to be written until then.
-        weight: Factor of value and gradients.
+        weight: Factor of value and gradients; a number, or () on their device, of the dtype of ``value``.
     """
     return _Penalty.apply(parameters[0], value, parameters, grads, weight)
 

@@ -380,13 +380,15 @@ class TaylorRandom(_Taylor):
 
     Options = RandomOptions
     per_step = False
+    on_host = alike = True
+    _device = torch.device("cpu")  # where cuts are chosen
 
     def measure(self) -> Tensor:
         # for the channels that the model had at the start, so that the draw does not depend on what is left of it
         generator = torch.Generator().manual_seed(self.options.seed + self.steps)
         noise = torch.rand(sum(self._sizes.values()), dtype=torch.float64, generator=generator)
         parts = zip(noise.split(list(self._sizes.values())), self._alive.values(), strict=True)
-        return torch.cat([part[alive] for part, alive in parts]).to(self._device)
+        return torch.cat([part[alive] for part, alive in parts])
 
 
 # Criteria that need data of their own ----------------------------------------------------------------------------
@@ -403,6 +405,7 @@ class _OnData(_Taylor):
 
     Options = DataOptions
     per_step = False
+    on_host = True
 
     def prepare(self) -> None:
         if self.options.data is None:

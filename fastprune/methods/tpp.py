@@ -41,6 +41,7 @@ from fastprune.methods.magnitude import MagnitudeMethod, MagnitudeOptions
 from fastprune.methods.penalty import penalty_of
 from fastprune.ops.gram_penalty import GramPlan, gram_plan, orthogonality_value_and_grad, value_and_grad
 from fastprune.ratios import layers
+from fastprune.surgery import Copies
 
 SCHEMES = ("v1", "v2", "v3", "v4", "v5", "v5_2", "v6")
 
@@ -105,7 +106,7 @@ class TPP(GrowingMethod):
     def penalty(self) -> Tensor:
         """The scheme's term of the loss; its gradients go to ``.grad`` in one call, see ``penalty_of``."""
         self._grow()  # the coefficient of this step
-        o, level = self.options, float(self.growth.level.max(initial=0.0))
+        o, level = self.options, self._level
         if self.finished or not o.weight:
             return super().penalty()
         if o.scheme in ("v1", "v2"):
@@ -114,14 +115,28 @@ class TPP(GrowingMethod):
         with_level = o.scheme in ("v5", "v5_2", "v6")
         if not parameters or (with_level and not level and o.scheme != "v6"):
             return super().penalty()
-        weight = o.weight * level if with_level else o.weight
+        weight = self._penalty_factor if with_level else o.weight
         if o.scheme == "v6":
-            return penalty_of(*_gram(parameters, plan, weight, o.kept_weight))
+            value, weights, grads = _gram(parameters, plan, 0.0, o.kept_weight)
+            if level:
+                more, _, others = _gram(parameters, plan, 1.0, 0.0)
+                value, grads = value + more * weight, torch._foreach_add(grads, torch._foreach_mul(others, weight))
+            return penalty_of(value, weights, grads)
         value, weights, grads = _gram(parameters, plan, 1.0, 0.0 if o.scheme == "v5" else 1.0)
         if o.scheme == "v4":
             energy, _, more = _orthogonality(parameters, "energy", self._references(parameters))
             value, grads = value + energy, torch._foreach_add(grads, more)
         return penalty_of(value, weights, grads, weight)
+
+    @property
+    def _level(self) -> float:
+        return float(self.growth.level.max(initial=0.0))
+
+    def _penalty_weight(self) -> float:
+        return self.options.weight * self._level
+
+    def structure(self) -> tuple:
+        return *super().structure(), self._level > 0, id(self._plan[1]), *map(id, self._start.values())
 
     def _references(self, parameters: Sequence[nn.Parameter]) -> list[Tensor]:
         """The weights at the start, which follow the model to another device or memory format."""
@@ -170,10 +185,8 @@ class TPP(GrowingMethod):
 
     # Zeroing layer by layer
 
-    def step(
-        self, optimizer: torch.optim.Optimizer, loss: Tensor | None = None, scaler: torch.amp.GradScaler | None = None
-    ) -> None:
-        super().step(optimizer, loss, scaler)
+    def advance(self, optimizer: torch.optim.Optimizer, *, ema: Copies = None) -> None:
+        super().advance(optimizer)
         if self.phase == "stabilize" and self._zeroed() != self._held_layers:
             self._zero_layers(optimizer)
 
