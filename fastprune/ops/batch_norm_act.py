@@ -150,18 +150,20 @@ def _eager(tensors, flags, gates, _):
     training, momentum, eps, sigmoid, relu = flags
     if training and tracked is not None:
         tracked.add_(1)
+    cumulative = momentum is None and training and tracked is not None
     if momentum is None:
-        momentum = 1.0 / tracked.item() if training and tracked is not None else 0.0
+        momentum = 1.0 if cumulative else 0.0
     scale = weight.sigmoid() if sigmoid else weight
     # F.batch_norm wants one dtype for parameters and statistics; casting (C,) costs nothing.  x is never cast.
     mean, var = running_mean, running_var
     if len({t.dtype for t in (scale, bias, mean, var) if t is not None}) > 1:
         scale, bias, mean, var = (None if t is None else t.float() for t in (scale, bias, mean, var))
+    if cumulative:  # the host does not know how many batches there were: the device mixes what they gave
+        mean, var = (None if t is None else t.clone() for t in (mean, var))
     z = F.batch_norm(x, mean, var, scale, bias, training, momentum, eps)
-    if training and running_mean is not None and mean is not running_mean:
-        running_mean.copy_(mean)
-    if training and running_var is not None and var is not running_var:
-        running_var.copy_(var)
+    for running, now in ((running_mean, mean), (running_var, var)):
+        if training and running is not None and now is not running:
+            running.lerp_(now.to(running.dtype), 1 / tracked.to(running.dtype)) if cumulative else running.copy_(now)
     (*at_z, out_grad, out_abs), copies = _distinct(gates, residual is not None)
     z = _probe(z, *at_z, copies)
     if residual is not None:

@@ -267,7 +267,7 @@ def _eager(
         a = _matrix(w)
         keep = torch.ones(n, dtype=torch.bool, device=w.device)
         if rows is not None:
-            keep[rows[:count].long()] = False
+            keep.index_fill_(0, rows[:count].long(), False)
         both = keep[:, None] & keep
         distance = a @ a.t() - torch.diag(keep.to(a.dtype))
         parts = [d * m if m else torch.zeros_like(d) for d, m in ((distance, kept), (distance, cut))]
