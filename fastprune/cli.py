@@ -48,6 +48,40 @@ def _oracle(args: argparse.Namespace) -> int:
     return study.run(**options, criteria=args.methods or study.CRITERIA)
 
 
+def _show(args: argparse.Namespace) -> int:
+    from fastprune import files
+
+    return files.show(args.file, shape=args.input, lists=args.lists, as_json=args.json)
+
+
+def _eval(args: argparse.Namespace) -> int:
+    from fastprune import files
+
+    options = {key: getattr(args, key) for key in ("root", "model", "image_size", "batch_size", "limit", "device")}
+    return files.test(args.file, args.dataset, **options, with_latency=args.latency)
+
+
+def _compact(args: argparse.Namespace) -> int:
+    from fastprune import files
+
+    names = ("model", "classes", "weights", "keep", "method", "ratio", "scope")
+    options = {key: getattr(args, key) for key in (*names, "target_macs", "target_params", "target_latency_ms")}
+    return files.shrink(args.network, args.out, **options, shape=args.input, options=dict(args.set))
+
+
+def _export(args: argparse.Namespace) -> int:
+    from fastprune import files
+
+    options = {key: getattr(args, key) for key in ("format", "model", "batch", "opset")}
+    return files.write(args.file, args.out, **options, shape=args.input, folded=args.fold, check=not args.no_check)
+
+
+def _bench(args: argparse.Namespace) -> int:
+    from fastprune import speed
+
+    return speed.run(args.ops, device=args.device, rounds=args.rounds)
+
+
 def _report(args: argparse.Namespace) -> int:
     from fastprune import report
 
@@ -105,12 +139,59 @@ def _device(text: str) -> str:
     import torch
 
     try:
-        torch.empty(0, device=text)
+        if torch.empty(0, device=text).is_meta:
+            raise RuntimeError("it holds no numbers")
     except (RuntimeError, AssertionError) as error:
         raise argparse.ArgumentTypeError(f"no device {text!r} here: {str(error).partition(chr(10))[0]}") from error
     return text
 
 
+def _shape(text: str) -> tuple[int, int, int]:
+    from fastprune import files
+
+    try:
+        return files.shape_of(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+
+
+def _option(text: str) -> tuple[str, Any]:
+    """``name=value``, the value as YAML reads it."""
+    import yaml
+
+    name, equals, value = text.partition("=")
+    try:
+        if not equals or not name.isidentifier():
+            raise ValueError
+        return name, yaml.safe_load(value)
+    except (ValueError, yaml.YAMLError, RecursionError) as error:
+        raise argparse.ArgumentTypeError(f"expected name=value such as coupled=true, got {text!r}") from error
+
+
+def _amount(text: str) -> float:
+    try:
+        if (value := float(text)) > 0:
+            return value
+    except ValueError:
+        pass
+    raise argparse.ArgumentTypeError(f"expected a number above 0, got {text!r}")
+
+
+def _ratio(text: str) -> float | str:
+    """A number, or shares by stage, layer or name, as docs/ratios.md has them."""
+    try:
+        return float(text)
+    except ValueError:
+        return text
+
+
+DEVICE = {"type": _device, "metavar": "NAME", "help": "such as cpu or cuda:0 (the first GPU if there is one)"}
+FILE = {"type": Path, "metavar": "FILE", "help": "a network that fp.save wrote"}
+INPUT = {"type": _shape, "metavar": "CxHxW", "help": "size of an input, such as 3x224x224 (as the file says)"}
+MODEL = {
+    "metavar": "FILE.py:FUNCTION",
+    "help": "makes your own network as it was before cutting; runs that file (not needed for fp.models' networks)",
+}
 COMMANDS = {
     "quickstart": Command(
         "train, prune and fine-tune a small network on handwritten digits: CPU, about 3 minutes",
@@ -168,14 +249,103 @@ COMMANDS = {
                 "help": "criteria as in Taylor's paper or as in its authors' code (%(default)s)",
             },
             "--seed": {"type": int, "default": 0, "metavar": "N", "help": "of every random choice (%(default)s)"},
-            "--device": {
-                "type": _device,
-                "metavar": "NAME",
-                "help": "such as cpu or cuda:0 (the first GPU if there is one)",
-            },
+            "--device": DEVICE,
             "--resume": {"action": "store_true", "help": "continue, or reuse, the training that --out holds"},
         },
         "fastprune oracle --dataset imagefolder --root photos --arch resnet18 --methods taylor-gate fisher",
+    ),
+    "show": Command(
+        "what a saved network or a run is: cost, widths, method, recipe",
+        _show,
+        {
+            "file": {"type": Path, "metavar": "FILE|RUN", "help": "a network that fp.save wrote, or a run folder"},
+            "--input": INPUT,
+            "--lists": {"action": "store_true", "help": "also which channels are left"},
+            "--json": {"action": "store_true", "help": "all that the file says of itself, as JSON"},
+        },
+        "fastprune show small.safetensors --input 3x224x224",
+    ),
+    "eval": Command(
+        "accuracy of a saved network on the test images of a data set",
+        _eval,
+        {
+            "file": FILE,
+            "--dataset": {
+                "type": _dataset,
+                "required": True,
+                "metavar": "NAME",
+                "help": "see fastprune list datasets; imagefolder for your own images",
+            },
+            "--root": {"type": Path, "metavar": "DIR", "help": "folder of the data set"},
+            "--image-size": {
+                "type": _count,
+                "metavar": "N",
+                "help": "imagefolder: pixels of a side (as the file says)",
+            },
+            "--batch-size": {"type": _count, "default": 250, "metavar": "N", "help": "images (%(default)s)"},
+            "--limit": {"type": _count, "metavar": "N", "help": "at most so many images"},
+            "--latency": {"action": "store_true", "help": "also milliseconds, layer by layer"},
+            "--model": MODEL,
+            "--device": DEVICE,
+        },
+        "fastprune eval small.safetensors --dataset imagefolder --root photos",
+    ),
+    "compact": Command(
+        "cut a network by a look at its weights, or by lists of what to keep; save what is left",
+        _compact,
+        {
+            "network": {"metavar": "FILE|NAME", "help": "a saved network, or one of fastprune list models, or timm's"},
+            "--out": {"type": Path, "required": True, "metavar": "FILE", "help": "the smaller network (.safetensors)"},
+            "--input": INPUT,
+            "--method": {"default": "l1", "metavar": "NAME", "help": "one that needs no training (%(default)s)"},
+            "--ratio": {"type": _ratio, "metavar": "X", "help": "share of channels to remove, or by layer (0.5)"},
+            "--scope": {"choices": ("global", "local"), "help": "rank all layers together, or each (the method's)"},
+            "--target-macs": {
+                "type": _amount,
+                "metavar": "X",
+                "help": "instead: multiply-accumulates, share or number",
+            },
+            "--target-params": {"type": _amount, "metavar": "X", "help": "instead: parameters, share or number"},
+            "--target-latency-ms": {"type": _amount, "metavar": "X", "help": "instead: milliseconds of a forward"},
+            "--set": {
+                "type": _option,
+                "action": "append",
+                "default": [],
+                "metavar": "NAME=VALUE",
+                "help": "option of the method, such as round_to=8 (repeatable)",
+            },
+            "--keep": {"type": Path, "metavar": "JSON", "help": "instead of a method: {group: [indices that stay]}"},
+            "--classes": {"type": _count, "metavar": "N", "help": "outputs of a network by name (1000)"},
+            "--weights": {"metavar": "NAME", "help": "of torchvision for a network by name, such as DEFAULT"},
+            "--model": MODEL,
+        },
+        "fastprune compact resnet18 --weights DEFAULT --input 3x224x224 --target-macs 0.5 --out small.safetensors",
+    ),
+    "export": Command(
+        "write a saved network as ONNX or torch.export, read back and checked",
+        _export,
+        {
+            "file": FILE,
+            "--format": {"choices": ("onnx", "pt2"), "help": "of the file (as --out ends)"},
+            "--out": {"type": Path, "metavar": "FILE", "help": "where to (beside the network)"},
+            "--input": INPUT,
+            "--fold": {"action": "store_true", "help": "fold norms into the convolutions before them"},
+            "--batch": {"type": _count, "metavar": "N", "help": "only batches of this size (any)"},
+            "--opset": {"type": _count, "metavar": "N", "help": "of ONNX (the exporter's default)"},
+            "--no-check": {"action": "store_true", "help": "do not compare the file with the network"},
+            "--model": MODEL,
+        },
+        "fastprune export small.safetensors --format onnx --fold",
+    ),
+    "bench": Command(
+        "how fast the ops are on this machine, against plain PyTorch: about half a minute",
+        _bench,
+        {
+            "ops": {"nargs": "*", "metavar": "OP", "help": "only these, such as batch_norm_act or train_step"},
+            "--rounds": {"type": _count, "default": 9, "metavar": "N", "help": "samples of each side (%(default)s)"},
+            "--device": DEVICE,
+        },
+        "fastprune bench batch_norm_act train_step",
     ),
     "report": Command(
         "one self-contained HTML page about one or more runs: accuracy, widths, importances, cost",

@@ -26,7 +26,7 @@ LAYERS = (
     ("methods",),
     ("data", "train"),
     ("__init__",),  # the public names
-    ("doctor", "quickstart", "study", "report"),
+    ("doctor", "quickstart", "study", "report", "files", "speed"),
     ("cli",),
     ("__main__",),
 )
