@@ -74,16 +74,12 @@ def recipe_run(out: Path, seed: int, epochs: int = 3) -> None:
     x = next(iter(test))[0][:2]
     model = fp.nn.convert_batchnorm(fp.models.create("vgg-small", bound="sigmoid"), fuse=True)
     method = fp.create("rni", model, x, ratio=0.5, reg_weight=0.1)
-    dense, log, histograms = (
-        fp.flops(model, x[:1]),
-        MetricsLog(out / "metrics.jsonl"),
-        MetricsLog(out / "importances.jsonl"),
-    )
+    dense, histograms = fp.flops(model, x[:1]), MetricsLog(out / "importances.jsonl")
 
     def phase(name, method):
-        class Log:
+        class Log(MetricsLog):
             def write(self, row):
-                log.write({"phase": name, **row})
+                super().write({"phase": name, **row})
                 for group, scores in method.scores().items() if method else ():
                     counts, edges = torch.histogram(scores.double(), 16)
                     key = {"phase": name, "epoch": row["epoch"], "step": row["step"], "group": group}
@@ -91,7 +87,15 @@ def recipe_run(out: Path, seed: int, epochs: int = 3) -> None:
 
         optimizer = sgd(model, 0.1)
         before = evaluate(model, test)["acc"]
-        rows = fit(model, (train, test), epochs=epochs, optimizer=optimizer, method=method, log=Log(), progress=False)
+        rows = fit(
+            model,
+            (train, test),
+            epochs=epochs,
+            optimizer=optimizer,
+            method=method,
+            log=Log(out / "metrics.jsonl"),
+            progress=False,
+        )
         accs = [row["test_acc"] for row in rows]
         known = {"acc_before": before, "acc": accs[-1], "acc_last": accs[-1], "acc_best": max(accs), "epochs": epochs}
         return known | {"seconds": sum(row["seconds"] for row in rows)}
