@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from fastprune import backends, budget, checkpoint, data, graph, methods, models, nn, ops, optim
+from fastprune.capture import capture_step
 from fastprune.checkpoint import load, save
 from fastprune.compact import compact
 from fastprune.errors import (
@@ -34,6 +35,7 @@ __all__ = [
     "TrainingError",
     "backends",
     "budget",
+    "capture_step",
     "checkpoint",
     "compact",
     "create",

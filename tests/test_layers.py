@@ -24,6 +24,7 @@ LAYERS = (
     ("checkpoint", "plain", "export"),
     ("latency", "budget"),
     ("methods",),
+    ("capture",),
     ("data", "train"),
     ("__init__",),  # the public names
     ("doctor", "quickstart", "study", "report", "files", "speed"),
