@@ -137,13 +137,17 @@ def _table(title: str, groups: Sequence[list[Wanted]]) -> list[str]:
     return text
 
 
+def wanted(rows: Sequence[dict]) -> list[Wanted]:
+    return [w for groups in (norm_goals(rows), step_goals(rows)) for group in groups for w in group]
+
+
 def summary(rows: Sequence[dict]) -> str:
     """How many goals are reached, and what misses, the worst first."""
-    wanted = [w for groups in (norm_goals(rows), step_goals(rows)) for group in groups for w in group]
-    missed = sorted((w for w in wanted if w.reached is False), key=lambda w: w.excess, reverse=True)
-    reached = sum(w.reached is True for w in wanted)
-    left = len(wanted) - reached - len(missed)
-    text = f"{reached} goals reached, {len(missed)} missed, {left} {NOTHING}, of {len(wanted)}"
+    goals = wanted(rows)
+    missed = sorted((w for w in goals if w.reached is False), key=lambda w: w.excess, reverse=True)
+    reached = sum(w.reached is True for w in goals)
+    left = len(goals) - reached - len(missed)
+    text = f"{reached} goals reached, {len(missed)} missed, {left} {NOTHING}, of {len(goals)}"
     return "\n".join([text, *(f"    missed: {w.what}: {w.column} {w.found:.3f}, goal {w.goal:g}" for w in missed)])
 
 

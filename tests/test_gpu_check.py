@@ -1,19 +1,27 @@
-"""bench/gpu_check.sh with a stand-in for Python: which steps run, and what becomes of failures."""
+"""bench/gpu_check.sh with a stand-in for Python: which steps run, and what becomes of failures; some of it for real."""
 
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
+from importlib import import_module
 from pathlib import Path
 
 import pytest
+import torch
+
+from bench import harness
+from bench.gpu_page import PAGE, wanted
+from fastprune import backends
 
 SCRIPT = Path(__file__).resolve().parent.parent / "bench" / "gpu_check.sh"
 
 STUB = """#!/usr/bin/env bash
 echo "tested=${FASTPRUNE_TESTED:-} $*" >> "$CALLS"
+[[ -n "${REAL:-}" && "$*" =~ $REAL ]] && exec "$REAL_PYTHON" "$@"
 case "$*" in
   *device_folder*) echo "$RESULTS" ;;
   *"$FAILING"*) echo "this went wrong"; exit 3 ;;
@@ -22,7 +30,9 @@ esac
 """
 
 
-def run(tmp_path: Path, failing: str = "nothing", budget: int = 570, sanitizer: bool = True) -> tuple[int, str, str]:
+def run(
+    tmp_path: Path, failing: str = "nothing", budget: int = 570, sanitizer: bool = True, **environment: str
+) -> tuple[int, str, str]:
     """Exit code, summary, and the calls of Python."""
     tools, results = tmp_path / "bin", tmp_path / "results"
     tools.mkdir()
@@ -35,9 +45,10 @@ def run(tmp_path: Path, failing: str = "nothing", budget: int = 570, sanitizer: 
         (tools / "compute-sanitizer").chmod(0o755)
     env = os.environ | {
         "PATH": f"{tools}:{os.environ['PATH']}", "PYTHON": str(tools / "python"), "CALLS": str(tmp_path / "calls"),
-        "RESULTS": str(results), "FAILING": failing, "BUDGET_S": str(budget),
+        "RESULTS": str(results), "FAILING": failing, "BUDGET_S": str(budget), **environment,
     }  # fmt: skip
-    env.pop("FASTPRUNE_TESTED", None)
+    for name in ("FASTPRUNE_TESTED", "FASTPRUNE_TEST_BACKENDS"):
+        env.pop(name, None)
     done = subprocess.run(["bash", SCRIPT, tmp_path / "out"], env=env, capture_output=True, text=True)
     out = tmp_path / "out"
     return done.returncode, (out / "summary.md").read_text(), (tmp_path / "calls").read_text()
@@ -46,10 +57,46 @@ def run(tmp_path: Path, failing: str = "nothing", budget: int = 570, sanitizer: 
 def test_every_step_runs_and_rows_are_copied(tmp_path):
     code, summary, calls = run(tmp_path)
     assert code == 0 and "failed" not in summary and "not run" not in summary
-    assert summary.count("| passed |") == summary.count("\n") - 2 >= 16
+    assert summary.count("| passed |") == summary.count("\n| ") - 1 >= 20 and summary.endswith("\nfine\n")
     assert "-m pytest -q -m gpu" in calls and "-m fastprune doctor" in calls
     assert "tested=1 -m bench.ops.batch_norm_act --device cuda --shapes" in calls
     assert (tmp_path / "out" / "step.jsonl").exists() and "fine" in (tmp_path / "out" / "tables.md").read_text()
+    assert f"-m bench.gpu_page --page {tmp_path / 'out' / 'gpu.md'}" in calls
+
+
+class Parsed(Exception):
+    pass
+
+
+def test_the_benches_understand_their_arguments(tmp_path, monkeypatch):
+    def stop(args):
+        raise Parsed
+
+    _, _, calls = run(tmp_path)
+    ones = torch.ones
+    monkeypatch.setattr(torch, "ones", lambda *size, device: ones(*size))  # there is no GPU to make them on
+    monkeypatch.setattr(backends, "why_not", lambda *call: None)
+    monkeypatch.setattr(harness, "start", stop)
+    commands = [c.split() for c in re.findall(r"-m (bench\.\S+ --device cuda.*)", calls)]
+    assert len({module for module, *_ in commands}) == 10
+    for module, *arguments in commands:
+        monkeypatch.setattr(sys, "argv", [module, *arguments])
+        with pytest.raises(Parsed):
+            import_module(module).main()
+
+
+def test_some_of_it_for_real_on_a_cpu(tmp_path):
+    code, summary, calls = run(
+        tmp_path, GPU_CHECK_DEVICE="cpu", WORKERS="0", REAL_PYTHON=sys.executable,
+        REAL="^-m (pytest|bench.ops.batch_norm_act .*relu|bench.e2e.methods|bench.table|bench.gpu_page)",
+    )  # fmt: skip
+    logs = "\n".join(path.read_text() for path in (tmp_path / "out").glob("*.log"))
+    assert code == 0 and "sanitizer" not in calls and "pip install" not in calls, logs
+    assert re.search(r"\| tests \| passed \| \d+ \| \d+ passed", summary), summary
+    assert "resnet20 nhwc bf16 tpp" in summary and f"0 missed, {len(wanted([]))} not yet measured" in summary
+    tables = (tmp_path / "out" / "tables.md").read_text()
+    assert "**batch_norm_act**" in tables and "**methods**" in tables
+    assert (tmp_path / "out" / "gpu.md").read_text() == PAGE.read_text()  # rows of a CPU say nothing about a GPU
 
 
 def test_a_failure_stops_nothing_and_is_the_exit_code(tmp_path):
@@ -57,6 +104,12 @@ def test_a_failure_stops_nothing_and_is_the_exit_code(tmp_path):
     assert code == 1
     assert "| tests | failed (3) |" in summary and "this went wrong" in summary
     assert "tested= -m bench.ops.batch_norm_act --device cuda --no-gate" in calls  # so that rows are unverified
+
+
+def test_without_kernels_it_goes_on(tmp_path):
+    code, summary, _ = run(tmp_path, failing="no-build-isolation")
+    assert code == 1 and "| build | failed (3) |" in summary and "| build_without_kernels | failed (3) |" in summary
+    assert "| bench_batch_norm_act | passed |" in summary
 
 
 @pytest.mark.skipif(shutil.which("compute-sanitizer") is not None, reason="it is there")

@@ -36,7 +36,7 @@ from bench.ops.batch_norm_act import LAYOUTS
 from fastprune import backends, models
 from fastprune.nn import convert_batchnorm
 
-NETS = {"resnet56": (128, 32), "resnet50": (256, 224)}  # batch and size of the images
+NETS = {"resnet20": (128, 32), "resnet56": (128, 32), "resnet50": (256, 224)}  # batch and size of the images
 EAGER, COMPILED, FUSED = "eager", "torch.compile", "fused"
 METHODS = ("greg-1", "tpp", "rni", "taylor-gate")
 WITH_COMPILE = {f"{name}+compile": name for name in ("greg-1", "tpp", "rni")}
@@ -136,7 +136,7 @@ def main() -> None:
     tests += ["tests/test_scale_penalty.py", "tests/test_gate_sums.py", "tests/test_channel_gate.py"]
     p = harness.arguments("Time training steps with pruning methods against plain training.", tests)
     p.add_argument("--nets", nargs="+", choices=NETS, default=["resnet56"])
-    p.add_argument("--batch", type=int, default=None, help="default: 128 for ResNet-56, 256 for ResNet-50")
+    p.add_argument("--batch", type=int, default=None, help="default: 128 for images of CIFAR, 256 for ResNet-50")
     p.add_argument("--size", type=int, default=None, help="of the images; default: 32 and 224")
     p.add_argument("--layouts", nargs="+", choices=LAYOUTS, default=list(LAYOUTS))
     p.add_argument("--amp", action="store_true", help="autocast to bfloat16")

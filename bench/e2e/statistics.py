@@ -40,7 +40,7 @@ from fastprune.gates import GateSpec, GateStatistics, find_gates
 from fastprune.graph import trace
 from fastprune.nn import convert_batchnorm
 
-NETS = {"resnet56": 32, "vgg19": 32, "resnet50": 64}  # name to image size
+NETS = {"resnet20": 32, "resnet56": 32, "vgg19": 32, "resnet50": 64}  # name to image size
 BASES = {"fused": None, "statistics": "fused", "statistics-code": "fused", "method": "fused"}
 BASES |= {"eager": None, "hooks": "eager"}
 OVER = {"fused": ["eager"], "statistics": ["fused", "eager", "hooks"], "hooks": ["eager"]}
