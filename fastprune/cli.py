@@ -88,6 +88,18 @@ def _report(args: argparse.Namespace) -> int:
     return report.run(args.runs, args.out, title=args.title)
 
 
+def _run(args: argparse.Namespace) -> int:
+    from fastprune import recipes, run
+
+    given = {"changes": recipes.parse_set(args.set), "seed": args.seed, "device": args.device, "root": args.data}
+    if args.dry_run:
+        run.dry_run(args.recipe, **given, tiny=args.tiny)
+    else:
+        out = run.run(args.recipe, **given, resume=args.resume, tiny=args.tiny, runs=args.out)
+        print(f"results are in {out}")
+    return 0
+
+
 def _doctor(args: argparse.Namespace) -> int:
     from fastprune import doctor
 
@@ -95,8 +107,13 @@ def _doctor(args: argparse.Namespace) -> int:
 
 
 def _list(args: argparse.Namespace) -> int:
-    from fastprune import data, methods, models
+    from fastprune import data, methods, models, recipes
 
+    if args.pattern is not None and args.what != "recipes":
+        raise UsageError(f"list: a pattern goes with recipes, got {args.pattern!r}")
+    if args.what == "recipes":
+        print(recipes.table(args.pattern))
+        return 0
     torchvision = [name for name in models.list_models() if name not in models.MODELS]
     tables = {"models": models.MODELS, "methods": methods.METHODS, "datasets": data.DATASETS}
     for what, table in tables.items():
@@ -109,6 +126,8 @@ def _list(args: argparse.Namespace) -> int:
             if what == "models":
                 print("  and torchvision's:")
                 print(textwrap.fill(", ".join(torchvision), 110, initial_indent="    ", subsequent_indent="    "))
+    if args.what is None:
+        print(f"recipes\n  {len(recipes.names())} published experiments: fastprune list recipes")
     return 0
 
 
@@ -207,6 +226,32 @@ COMMANDS = {
             "--epochs": {"type": _count, "default": None, "metavar": "N", "help": "of each training and fine-tuning"},
         },
         "fastprune quickstart --out runs/quickstart --seed 1",
+    ),
+    "run": Command(
+        "a published experiment, or your own: train, prune, fine-tune",
+        _run,
+        {
+            "recipe": {"metavar": "RECIPE", "help": "see fastprune list recipes; or the path of a YAML file"},
+            "--set": {
+                "action": "append",
+                "default": [],
+                "metavar": "KEY=VALUE",
+                "help": "change the recipe, such as prune.ratio=0.7 (repeatable)",
+            },
+            "--seed": {"type": int, "metavar": "N", "help": "of every random choice (the recipe's)"},
+            "--data": {"type": Path, "metavar": "DIR", "help": "folder of the data set"},
+            "--out": {
+                "type": Path,
+                "default": Path("runs"),
+                "metavar": "DIR",
+                "help": "folder of all runs (%(default)s)",
+            },
+            "--resume": {"action": "store_true", "help": "continue the run that --out holds"},
+            "--tiny": {"action": "store_true", "help": "the recipe's form for trials: small, on synthetic data"},
+            "--dry-run": {"action": "store_true", "help": "say what it would do, what it would cost, and do nothing"},
+            "--device": DEVICE,
+        },
+        "fastprune run rni/vgg16-cifar10-rni-0.9 --tiny",
     ),
     "oracle": Command(
         "how well each criterion ranks channels as removing them one by one does",
@@ -364,10 +409,13 @@ COMMANDS = {
     ),
     "doctor": Command("what works on this machine, what does not and why", _doctor, {}, "fastprune doctor"),
     "list": Command(
-        "models, methods and data sets by name",
+        "models, methods, data sets and recipes by name",
         _list,
-        {"what": {"nargs": "?", "choices": ("models", "methods", "datasets"), "help": "only these"}},
-        "fastprune list methods",
+        {
+            "what": {"nargs": "?", "choices": ("models", "methods", "datasets", "recipes"), "help": "only these"},
+            "pattern": {"nargs": "?", "metavar": "PATTERN", "help": "only recipes with this in their name"},
+        },
+        "fastprune list recipes greg/resnet56",
     ),
 }
 

@@ -27,7 +27,7 @@ LAYERS = (
     ("capture",),
     ("data", "train"),
     ("__init__",),  # the public names
-    ("doctor", "quickstart", "study", "report", "files", "speed"),
+    ("recipes", "run", "doctor", "quickstart", "study", "report", "files", "speed"),
     ("cli",),
     ("__main__",),
 )

@@ -1,0 +1,619 @@
+"""``fastprune run``: a recipe's phases, one after the other; see docs/recipes.md for what a run leaves.
+
+Every phase starts from a file that the one before it wrote, in an uninterrupted run too, with random numbers seeded
+anew.  So a finished phase is never done again, and a resumed run ends bit for bit like one that nothing stopped (on a
+CPU).
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import platform
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.optim.lr_scheduler import LambdaLR
+
+import fastprune as fp
+from fastprune import checkpoint, data, methods, models, recipes
+from fastprune.compact import compact
+from fastprune.data import ImageSet
+from fastprune.errors import DataError
+from fastprune.flops import flops
+from fastprune.methods.base import Method
+from fastprune.methods.greg import GrowingMethod
+from fastprune.methods.iterative import IterativeMethod
+from fastprune.methods.magnitude import MagnitudeMethod
+from fastprune.optim import GrowingSGD
+from fastprune.recipes import Recipe
+from fastprune.recipes.schema import Pruning, Schedule, Training
+from fastprune.train import MetricsLog, evaluate, fit, from_scratch, param_groups
+
+FORMAT = 1
+BINS = 32
+NETWORKS = {"train": "dense", "prune": "pruned", "finetune": "pruned", "scratch": "scratch"}  # what a phase writes
+KNOWN = {"cifar10": (10, 3, 32), "cifar100": (100, 3, 32), "digits": (10, 1, 8), "imagenet": (1000, 3, 224)}
+
+
+def run(
+    name: str,
+    *,
+    changes: Mapping[str, Any] | None = None,
+    seed: int | None = None,
+    device: torch.device | str | None = None,
+    root: str | Path | None = None,
+    resume: bool = False,
+    tiny: bool = False,
+    runs: str | Path = "runs",
+    progress: bool = True,
+    say: Callable[[str], None] = print,
+) -> Path:
+    """Do what a recipe says; where it starts from another recipe's network that is not there, that one first.
+
+    Args:
+        name: Of the recipe, or path of a YAML file.
+        changes: Dotted keys to values, over the recipe's.
+        seed: In place of the recipe's.
+        device: None: the first GPU if there is one, else the CPU.
+        root: Folder of the data set.
+        resume: Continue the run that is in the folder; a finished one is left as it is.
+        tiny: The recipe's form for trials.
+        runs: Folder of all runs.
+        say: Gets a line about each phase.
+
+    Returns: The folder of the run.
+
+    Raises:
+        ValueError: A recipe that does not hold together, or a folder that holds a run already.
+        DataError: The data set is missing or damaged.
+    """
+    changes = dict(changes or {}) | ({} if seed is None else {"seed": seed})
+    recipe = recipes.load(name, tiny=tiny, changes=changes)
+    device = torch.device(device or ("cuda:0" if torch.cuda.is_available() else "cpu"))
+    work = Run(recipe, folder(recipe, tiny, runs), device, root, tiny, changes, progress, say)
+    if (work.out / "run.json").exists() and not resume:
+        raise ValueError(
+            f"run: {work.out} holds a run already; --resume continues it, --out another folder starts afresh, "
+            "or remove it"
+        )
+    work.check_same()
+    images = load_data(recipe, root, device)
+    base = None
+    if recipe.base is not None:
+        of_base = {**recipe.base.set, "data": asdict(recipe.data)}
+        base = _base(recipe, of_base, tiny, runs)
+        if base is None:
+            say(f"{recipe.name} starts from {recipe.base.recipe}, which is not there yet: doing it first")
+            run(
+                recipe.base.recipe, changes=of_base, seed=recipe.seed, device=device, root=root, resume=True,
+                tiny=tiny, runs=runs, progress=progress, say=say,
+            )  # fmt: skip
+            base = _base(recipe, of_base, tiny, runs)
+    work.do(images, base)
+    return work.out
+
+
+def folder(recipe: Recipe, tiny: bool, runs: str | Path = "runs") -> Path:
+    """Where a run of it lies."""
+    return Path(runs) / ("tiny" if tiny else "") / recipe.name / f"seed{recipe.seed}"
+
+
+def load_data(recipe: Recipe, root: str | Path | None, device: torch.device | str = "cpu") -> ImageSet:
+    if recipe.data.name not in data.DATASETS:
+        raise DataError(
+            f"{recipe.data.name}: this version cannot read it; --tiny and --dry-run work without, and "
+            "--set data.name=imagefolder reads folders of images"
+        )
+    options = {key: value for key, value in asdict(recipe.data).items() if key not in ("name", "options")}
+    return data.load(recipe.data.name, root, device=device, **options, **recipe.data.options)
+
+
+def _base(recipe: Recipe, changes: Mapping[str, Any], tiny: bool, runs: str | Path) -> dict[str, Any] | None:
+    """Recipe, path and accuracy of the network that a recipe starts from, if its run is finished."""
+    wanted = recipes.load(recipe.base.recipe, tiny=tiny, changes={**changes, "seed": recipe.seed})
+    out = folder(wanted, tiny, runs)
+    if not (out / "result.json").exists():
+        return None
+    result = json.loads((out / "result.json").read_text())
+    if not result["finished"]:
+        return None
+    if "train" not in result["phases"] or not (out / "dense.safetensors").exists():
+        raise ValueError(f"run: {out} holds no trained dense.safetensors, which {recipe.name} starts from")
+    path = str(out / "dense.safetensors")
+    return {"recipe": wanted.name, "path": path, "acc": result["phases"]["train"]["acc"]}
+
+
+# What it would do -----------------------------------------------------------------------------------------------------
+
+
+class Plan(NamedTuple):
+    """What pruning will make of the network, as far as that can be known before."""
+
+    before: dict[str, int]  # macs, params
+    after: dict[str, int] | None  # None: which channels go depends on what training finds
+    layers: dict[str, list[int]]  # what is cut in each group, or in each weight: [kept, of]; by name
+    note: str = ""
+
+
+def plan(recipe: Recipe, classes: int, shape: Sequence[int]) -> Plan:
+    """Make the network, with random weights, and choose what goes.
+
+    Args:
+        classes: Of the data set.
+        shape: (C, H, W) of an image.
+    """
+    torch.manual_seed(recipe.seed)
+    model = make_model(recipe, classes, shape[0], weights=False)
+    image = torch.zeros(1, *shape)
+    for m in model.modules():
+        if isinstance(m, _BatchNorm) and m.weight is not None:
+            nn.init.uniform_(m.weight)  # at first all are the same, and ties go together
+    before = _sizes(model, image)
+    phase = recipe.prune
+    if phase is None:
+        return Plan(before, before, {}, "nothing is pruned")
+    # which channels belong together does not depend on the size of the image, the cost of them does
+    small = image if _has_target(phase) else image[:, :, :64, :64]
+    method = make_method(phase, model, small.repeat(2, 1, 1, 1))
+    if isinstance(method, IterativeMethod) and method.cuts is not None:
+        total, goes = sum(method.units().values()), method.cuts.schedule.max_removed
+        if (most := method.cuts.schedule.max_cuts) is not None:
+            goes = min(goes, most * method.cuts.schedule.per_cut)
+        note = f"{total - goes} of {total} channels stay ({(total - goes) / total:.1%}); which, shows while it trains"
+        return Plan(before, None, {name: [size, size] for name, size in method.units().items()}, note)
+    if isinstance(method, IterativeMethod):
+        return Plan(before, None, {name: [g.size, g.size] for name, g in method.groups.items()}, "chosen at the end")
+    if method.scope == "global":
+        groups = {name: [group.size, group.size] for name, group in method.groups.items()}
+        total = sum(size for size, _ in groups.values())
+        return Plan(before, None, groups, f"of {total} channels in all; which stay, follows from the trained weights")
+    model, layers = cut(model, method, phase, small, check=False)
+    return Plan(before, _sizes(model, image), layers)
+
+
+def _has_target(phase: Pruning) -> bool:
+    return phase.target_macs is not None or phase.target_params is not None
+
+
+def _sizes(model: nn.Module, image: Tensor) -> dict[str, int]:
+    count = flops(model, image)
+    return {"macs": count["macs"], "params": count["params"]}
+
+
+def dry_run(
+    name: str,
+    *,
+    changes: Mapping[str, Any] | None = None,
+    seed: int | None = None,
+    device: torch.device | str | None = None,
+    root: str | Path | None = None,
+    tiny: bool = False,
+    say: Callable[[str], None] = print,
+) -> Plan:
+    """Say what :func:`run` would do: recipe, groups and what goes of them, costs, and the time of an epoch.
+
+    The time is measured on a few real batches if the data set is there.
+    """
+    changes = dict(changes or {}) | ({} if seed is None else {"seed": seed})
+    recipe = recipes.load(name, tiny=tiny, changes=changes)
+    device = torch.device(device or ("cuda:0" if torch.cuda.is_available() else "cpu"))
+    say(recipes.dump(recipe))
+    try:
+        images, missing = load_data(recipe, root, device), ""
+        classes, shape = len(images.classes), images.image_shape
+    except DataError as error:
+        if recipe.data.name not in KNOWN:
+            raise
+        images, missing = None, " ".join(str(error).split())
+        classes, channels, size = KNOWN[recipe.data.name]
+        shape = (channels, size, size)
+    found = plan(recipe, classes, shape)
+    if found.layers:
+        width = max(map(len, found.layers))
+        say(f"{'removed from':{width}}  stays      of")
+        for layer, (kept, of) in found.layers.items():
+            say(f"{layer:{width}}  {'?' if found.after is None else kept:>5}  {of:>6}")
+    if found.note:
+        say(found.note)
+    for key, unit in (("macs", "MACs"), ("params", "parameters")):
+        before, after = found.before[key], found.after and found.after[key]
+        rest = f", {after:,} after ({before / after:.4g}x)" if found.layers and after else ""
+        say(f"{unit}: {before:,} before{rest}")
+    for phase, training in recipe.phases.items():
+        if training.epochs == 0:
+            continue
+        if images is None:
+            say(f"{phase}: time not measured: {missing}")
+            continue
+        per_epoch, epochs = time_per_epoch(recipe, phase, images, device)
+        say(f"{phase}: {per_epoch:.3g} s per epoch, {epochs} epochs, {per_epoch * epochs / 3600:.3g} h on {device}")
+    return found
+
+
+def time_per_epoch(recipe: Recipe, name: str, images: ImageSet, device: torch.device) -> tuple[float, int]:
+    """Seconds of training per epoch, by a few steps on the network before pruning, and the number of epochs."""
+    phase = recipe.phases[name]
+    torch.manual_seed(recipe.seed)
+    model = make_model(recipe, len(images.classes), images.image_shape[0], weights=False)
+    if recipe.model.fuse:
+        model = fp.nn.convert_batchnorm(model, fuse=True)
+    model.to(device)
+    method = make_method(phase, model, example_of(images)) if phase.method else None
+    optimizer = make_optimizer(phase, model)
+    batches = len(images.loaders(phase.batch_size).train)
+    epochs = math.ceil(steps_needed(method) / batches) if phase.epochs is None else phase.epochs
+    few = images.limit(4 * phase.batch_size).loaders(phase.batch_size)
+    for _ in range(2):  # the first epoch warms up
+        few = images.limit(4 * phase.batch_size).loaders(phase.batch_size)
+        done = fit(
+            model, few, epochs=1, optimizer=optimizer, method=method, progress=False, **asdict(recipe.engine)
+        )  # fmt: skip
+    return len(images.train_labels) / done[-1]["images_per_s"], epochs
+
+
+# Doing it -------------------------------------------------------------------------------------------------------------
+
+
+class Run:
+    """One recipe, one seed, one folder."""
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        out: Path,
+        device: torch.device,
+        root: str | Path | None,
+        tiny: bool,
+        changes: Mapping[str, Any],
+        progress: bool,
+        say: Callable[[str], None],
+    ) -> None:
+        self.recipe, self.out, self.device, self.root = recipe, out, device, root
+        self.tiny, self.changes, self.progress, self.say = tiny, dict(changes), progress, say
+
+    def check_same(self) -> None:
+        """A run in the folder must be one of this very recipe."""
+        path = self.out / "recipe.yaml"
+        if (self.out / "run.json").exists() and (was := recipes.load(str(path))) != self.recipe:
+            key = _first_difference(asdict(was), asdict(self.recipe))
+            raise ValueError(
+                f"run: {self.out} holds a run of another recipe: {key}; give the same --set as then, "
+                "or --out another folder"
+            )
+
+    def do(self, images: ImageSet, base: dict[str, Any] | None) -> None:
+        """All phases that are not done yet."""
+        self.images, self.example = images, example_of(images)
+        self.out.mkdir(parents=True, exist_ok=True)
+        if not (self.out / "run.json").exists():
+            _write(self.out / "recipe.yaml", recipes.dump(self.recipe))
+            for name in ("metrics", "importances"):
+                (self.out / f"{name}.jsonl").touch()
+            _write_json(self.out / "run.json", self._facts(base))
+        path = self.out / "result.json"
+        self.result = json.loads(path.read_text()) if path.exists() else self._no_result()
+        first = self._first()
+        if not self.result["phases"] and not (self.out / f"{first}.safetensors").exists():
+            self._save(self._start(base), first)
+        for number, (name, phase) in enumerate(self.recipe.phases.items()):
+            if name not in self.result["phases"]:
+                block = self._phase(name, phase, number)
+                self.result["phases"][name] = block
+                self.result["finished"] = len(self.result["phases"]) == len(self.recipe.phases)
+                _write_json(path, self.result)
+                self.say(f"{self.recipe.name} {name}: {describe(block)}")
+            (self.out / f"{name}.pt").unlink(missing_ok=True)
+        (self.out / "start.safetensors").unlink(missing_ok=True)  # dense.safetensors has the same shape
+
+    def _no_result(self) -> dict[str, Any]:
+        r = self.recipe
+        known = {"recipe": r.name, "seed": r.seed, "tiny": self.tiny, "finished": False}
+        return {"format": FORMAT, **known, "published": _known(r.published), "phases": {}}
+
+    def _facts(self, base: dict[str, Any] | None) -> dict[str, Any]:
+        r, images = self.recipe, self.images
+        gpu = self.device.type == "cuda"
+        return {
+            "format": FORMAT,
+            "recipe": r.name,
+            "system": r.system,
+            "seed": r.seed,
+            "tiny": self.tiny,
+            "set": {key: value for key, value in self.changes.items() if key != "seed"},
+            "phases": list(r.phases),
+            "fastprune": fp.__version__,
+            "torch": str(torch.__version__),
+            "device": str(self.device),
+            "device_name": torch.cuda.get_device_name(self.device) if gpu else platform.machine(),
+            "threads": torch.get_num_threads(),
+            "started": datetime.now(UTC).isoformat(timespec="seconds"),
+            "data": {
+                "name": images.name,
+                "root": None if self.root is None else str(self.root),
+                "classes": len(images.classes),
+                "image_shape": list(images.image_shape),
+                "train_images": len(images.train_labels),
+                "test_images": len(images.test_labels),
+            },
+            "base": base,
+            "source": asdict(r.source),
+            "published": _known(r.published),
+            "notes": list(r.notes),
+        }
+
+    # Networks
+
+    def _start(self, base: dict[str, Any] | None) -> nn.Module:
+        torch.manual_seed(self.recipe.seed)
+        if base is None:
+            return make_model(self.recipe, len(self.images.classes), self.images.image_shape[0])
+        return checkpoint.load(base["path"])
+
+    def _first(self) -> str:
+        return "start" if self.recipe.train is not None else "dense"
+
+    def _load(self, network: str) -> nn.Module:
+        model = checkpoint.load(self.out / f"{network}.safetensors")
+        if self.recipe.model.fuse:
+            model = fp.nn.convert_batchnorm(model, fuse=True)
+        return model.to(self.device)
+
+    def _save(self, model: nn.Module, network: str, method: Method | None = None) -> None:
+        checkpoint.save(model, self.out / f"{network}.safetensors", method=method, extra={"recipe": self.recipe.name})
+
+    def _before(self, name: str) -> str:
+        """The file that a phase starts from."""
+        earlier = [NETWORKS[done] for done in self.result["phases"]]
+        if name == "scratch" and "pruned" in earlier:
+            return "pruned"
+        return earlier[-1] if earlier else self._first()
+
+    # Phases
+
+    def _phase(self, name: str, phase: Training, number: int) -> dict[str, Any]:
+        r = self.recipe
+        network = self._before(name)
+        # nothing of the random numbers that earlier phases drew matters: a resumed run has not drawn them
+        torch.manual_seed(r.seed + 1000 * number)
+        model = self._load(network)
+        if name == "scratch":
+            model = from_scratch(model, r.seed + 1000 * number)
+        loaders = self.images.loaders(phase.batch_size, r.seed + 1000 * number)
+        test = {"precision": r.engine.precision, "channels_last": r.engine.channels_last}
+        block: dict[str, Any] = {"acc_before": evaluate(model, loaders.test, **test)["acc"]}
+        holds = network == "pruned" and name != "scratch" and r.prune is not None and not r.prune.compact
+        method = make_method(phase, model, self.example) if phase.method else _holder(model, self.example, holds)
+        optimizer = make_optimizer(phase, model)
+        log = PhaseLog(self.out, name, method if phase.method else None, r.importances_every, phase.epochs)
+        epochs = phase.epochs
+        if epochs is None:
+            epochs = math.ceil(steps_needed(method) / len(loaders.train))
+        history = []
+        if epochs:
+            history = fit(
+                model,
+                loaders,
+                epochs=epochs,
+                optimizer=optimizer,
+                schedule=make_schedule(phase.schedule, optimizer, epochs),
+                method=method,
+                log=log,
+                checkpoint=self.out / f"{name}.pt",
+                resume=True,
+                until=(lambda: method.finished) if phase.epochs is None else None,
+                progress=self.progress,
+                **asdict(r.engine),
+            )
+            if phase.hand_on == "best":
+                model.load_state_dict(history.best_state)
+        else:
+            log.importances(-1, 0)
+        if name == "prune":
+            model, block["channels"] = cut(model, method, phase, self.example)
+        accs = [row["test_acc"] for row in history]
+        block |= {
+            "acc": evaluate(model, loaders.test, **test)["acc"],
+            "acc_last": accs[-1] if accs else None,
+            "acc_best": max(accs, default=None),
+            "epoch_best": accs.index(max(accs)) if accs else None,
+            "epochs": len(history),
+            "steps": history[-1]["step"] if history else 0,
+            "seconds": sum(row["seconds"] for row in history),
+        }
+        self._save(model, NETWORKS[name], method if name == "prune" else None)
+        return block | costs(model, self.example, self._load("dense"))
+
+
+def make_model(recipe: Recipe, classes: int, channels: int, *, weights: bool = True) -> nn.Module:
+    """As the recipe says, before training; random numbers from the global state.  ``weights``: the published ones."""
+    options = dict(recipe.model.options)
+    if recipe.model.name in models.MODELS:
+        options.setdefault("in_channels", channels)
+    elif weights and recipe.model.weights is not None:
+        options["weights"] = recipe.model.weights
+    return models.create(recipe.model.name, classes, **options)
+
+
+def example_of(images: ImageSet) -> Tensor:
+    """Two test images, normalised."""
+    return next(iter(images.limit(2).loaders(2).test))[0]
+
+
+def make_method(phase: Training, model: nn.Module, example: Tensor) -> Method:
+    aim = {}
+    if isinstance(phase, Pruning):
+        aim = {key: getattr(phase, key) for key in ("ratio", "scope", "target_macs", "target_params")}
+    return methods.create(phase.method, model, example, **aim, **phase.options)
+
+
+def make_optimizer(phase: Training, model: nn.Module) -> torch.optim.SGD:
+    kind = GrowingSGD if isinstance(phase, Pruning) else torch.optim.SGD
+    groups = param_groups(model, phase.lr, phase.weight_decay) if phase.groups == "rni" else model.parameters()
+    return kind(groups, phase.lr, phase.momentum, weight_decay=phase.weight_decay, nesterov=phase.nesterov)
+
+
+def make_schedule(schedule: Schedule, optimizer: torch.optim.Optimizer, epochs: int) -> LambdaLR:
+    """The rate of each epoch as a multiple of the first one's."""
+    at = [math.ceil(a * epochs) if a < 1 else int(a) for a in schedule.at]
+
+    def factor(epoch: int) -> float:
+        if epoch < schedule.warmup:
+            return (epoch + 1) / (schedule.warmup + 1)
+        if schedule.kind == "step":
+            return schedule.factor ** sum(epoch >= a for a in at)
+        if schedule.kind == "cosine":
+            done = (epoch - schedule.warmup) / max(1, epochs - schedule.warmup)
+            return schedule.last + (1 - schedule.last) * (1 + math.cos(math.pi * done)) / 2
+        return 1.0
+
+    return LambdaLR(optimizer, factor)
+
+
+def steps_needed(method: Method) -> int:
+    """Optimizer steps until the method is done, at most."""
+    o = method.options
+    if isinstance(method, GrowingMethod):
+        if method.kind == "fixed":
+            return o.fixed_steps + o.stabilize + 1
+        updates = math.ceil(o.reg_limit / o.reg_step) + (o.pick_limit / o.pick_step if method.picks_later else 0)
+        # the coefficient is a sum of rounded steps, so that it may take an update or two more
+        return math.ceil(updates + 3) * o.update_interval + o.stabilize
+    if isinstance(method, IterativeMethod) and method.cuts is not None:
+        schedule = method.cuts.schedule
+        number = math.ceil(schedule.max_removed / schedule.per_cut)
+        number = number if schedule.max_cuts is None else min(number, schedule.max_cuts)
+        return schedule.start_after + schedule.first_extra + number * schedule.frequency
+    raise ValueError(f"run: {method.name} is never done by itself; give prune.epochs")
+
+
+def cut(
+    model: nn.Module, method: Method, phase: Pruning, example: Tensor, check: bool = True
+) -> tuple[nn.Module, dict[str, list[int]]]:
+    """Remove what the method chose; per group the channels kept and those it had.  ``check``: prove it."""
+    if isinstance(method, MagnitudeMethod) and method.by_weight:
+        method.cut()
+        return model, {name: [int(mask.sum()), mask.numel()] for name, mask in method.weight_masks().items()}
+    keep = method.keep_masks()
+    whole = method.survivors() if isinstance(method, IterativeMethod) and method.cuts is not None else keep
+    channels = {name: [int(mask.sum()), len(mask)] for name, mask in whole.items()}
+    if not phase.compact:
+        raise ValueError("run: prune.compact=false is for single weights, options.group=weight or N:M")
+    if not all(mask.all() for mask in keep.values()):
+        compact(model, keep, example, graph=method.graph, check=check)
+    return model, channels
+
+
+def _holder(model: nn.Module, example: Tensor, holds: bool) -> Method | None:
+    """What keeps the weights at zero that pruning set to zero; None if it removed them."""
+    if not holds:
+        return None
+    method = methods.create("l1", model, example, 0.0, group="weight")
+    method.hold({w: w != 0 for w in method.weights.values()})
+    return method
+
+
+def costs(model: nn.Module, example: Tensor, start: nn.Module) -> dict[str, Any]:
+    """MACs, parameters, zeros, and the output channels of each layer, now and at the start."""
+    now, before = flops(model, example[:1]), flops(start, example[:1])
+    widths = {row["name"]: row["out_channels"] for row in now["layers"]}
+    layers = (m for m in model.modules() if isinstance(m, nn.modules.conv._ConvNd | nn.Linear))
+    return {
+        "macs": now["macs"],
+        "params": now["params"],
+        "zeros": sum(int((m.weight == 0).sum()) for m in layers),
+        "kept": {row["name"]: [widths[row["name"]], row["out_channels"]] for row in before["layers"]},
+    }
+
+
+def describe(block: Mapping[str, Any]) -> str:
+    """A finished phase in a line."""
+    words = [f"accuracy {block['acc']:.2%}"]
+    if block["acc_last"] is not None:
+        words.append(f"last {block['acc_last']:.2%}, best {block['acc_best']:.2%} of {block['epochs']} epochs")
+    words.append(f"{block['macs'] / 1e6:.4g} M MACs, {block['params'] / 1e6:.4g} M parameters")
+    return ", ".join(words)
+
+
+# Files ----------------------------------------------------------------------------------------------------------------
+
+
+class PhaseLog:
+    """Rows of one phase in ``metrics.jsonl``, and now and then histograms of the scores in ``importances.jsonl``.
+
+    A resumed phase does some epochs again: their old rows go first.
+    """
+
+    def __init__(self, out: Path, phase: str, method: Method | None, every: int, epochs: int | None) -> None:
+        self.rows, self.histograms = MetricsLog(out / "metrics.jsonl"), MetricsLog(out / "importances.jsonl")
+        self.phase, self.method, self.epochs = phase, method, epochs
+        self.every = every or max(1, (epochs or 100) // 20)
+        self.first = True
+
+    def write(self, row: dict[str, Any]) -> None:
+        """At the end of an epoch; what ``fit`` calls."""
+        self._forget(row["epoch"])
+        self.rows.write({"phase": self.phase, **row})
+        last = self.method.finished if self.method and self.epochs is None else row["epoch"] + 1 == self.epochs
+        if last or (row["epoch"] + 1) % self.every == 0:
+            self.importances(row["epoch"], row["step"])
+
+    def importances(self, epoch: int, step: int) -> None:
+        self._forget(epoch)
+        for group, scores in (self.scored() if self.method is not None else {}).items():
+            counts, edges = torch.histogram(scores.detach().double().cpu(), BINS)
+            row = {"phase": self.phase, "epoch": epoch, "step": step, "group": group}
+            self.histograms.write(row | {"edges": edges.tolist(), "counts": counts.long().tolist()})
+
+    def _forget(self, epoch: int) -> None:
+        if self.first:
+            for log in (self.rows, self.histograms):
+                _drop(log.path, lambda old: old["phase"] == self.phase and old["epoch"] >= epoch)
+            self.first = False
+
+    def scored(self) -> dict[str, Tensor]:
+        if isinstance(self.method, IterativeMethod):
+            if self.method.cuts is not None and self.method.cuts.averaged is None:
+                return {}  # there are none before the first cut
+        return self.method.scores()
+
+
+def _drop(path: Path, gone: Callable[[dict[str, Any]], bool]) -> None:
+    if path.exists():
+        rows = MetricsLog.read(path)
+        stay = [row for row in rows if not gone(row)]
+        if len(stay) < len(rows) or not path.read_bytes().endswith(b"\n"):
+            _write(path, "".join(json.dumps(row) + "\n" for row in stay))
+
+
+def _write(path: Path, text: str) -> None:
+    """In one step, so that a kill leaves the old file or the new one."""
+    temporary = path.with_name(path.name + ".tmp")
+    with open(temporary, "w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def _write_json(path: Path, content: Any) -> None:
+    _write(path, json.dumps(content, indent=1) + "\n")
+
+
+def _known(published: Any) -> dict[str, Any]:
+    return {key: value for key, value in asdict(published).items() if value not in (None, "")}
+
+
+def _first_difference(was: Any, now: Any, path: str = "") -> str:
+    if isinstance(was, Mapping) and isinstance(now, Mapping):
+        for key in {**was, **now}:
+            if was.get(key) != now.get(key):
+                return _first_difference(was.get(key), now.get(key), f"{path}.{key}" if path else key)
+    return f"{path} was {was!r} then, and is {now!r} now"

@@ -1,0 +1,239 @@
+"""fastprune run: every family end to end in small, what a run leaves, resumption, and the command line."""
+
+from __future__ import annotations
+
+import json
+import re
+
+import pytest
+import torch
+
+import fastprune as fp
+from fastprune import cli, recipes, run
+from fastprune.train import MetricsLog, evaluate
+
+QUIET = {"device": "cpu", "tiny": True, "progress": False, "say": lambda line: None}
+
+
+def read(out):
+    """(run.json, result.json, metrics, importances)"""
+    run_json, result = (json.loads((out / f"{name}.json").read_text()) for name in ("run", "result"))
+    return run_json, result, MetricsLog.read(out / "metrics.jsonl"), MetricsLog.read(out / "importances.jsonl")
+
+
+def comparable(out):
+    """All of a run that must not depend on when and how fast it ran."""
+    run_json, result, metrics, importances = read(out)
+    for block in result["phases"].values():
+        del block["seconds"]
+    rows = [{k: v for k, v in row.items() if k not in ("seconds", "images_per_s")} for row in metrics]
+    networks = {path.name: path.read_bytes() for path in sorted(out.glob("*.safetensors"))}
+    return {k: v for k, v in run_json.items() if k != "started"}, result, rows, importances, networks
+
+
+SMALL = {"model.name": "resnet20", "data.options.size": 8}  # in place of ImageNet's networks
+FAMILIES = {  # recipe: changes
+    "rni/vgg16-cifar10-rni-0.5": {},
+    "greg/vgg19-cifar100-greg2-0.5": {},
+    "greg/resnet50-imagenet-unstructured-greg1-0.827": {**SMALL, "prune.ratio": 0.8},
+    "fisher/densenet-bc-100-fisher-scratch": {},
+    "fisher/wrn-reduced-depth16": {},
+    "taylor/resnet50-imagenet-72": {**SMALL, "prune.options.max_removed": 60, "prune.options.per_cut": 30},
+    "tpp/vgg19-cifar100-tpp-0.5": {},
+}
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_every_family_runs(name, tmp_path):
+    said = []
+    out = run.run(name, changes=FAMILIES[name], runs=tmp_path, seed=3, **{**QUIET, "say": said.append})
+    recipe = recipes.load(name, tiny=True, changes={**FAMILIES[name], "seed": 3})
+    assert out == tmp_path / "tiny" / name / "seed3"
+    facts, result, metrics, importances = read(out)
+    assert recipes.load(str(out / "recipe.yaml")) == recipe
+    assert facts["phases"] == list(result["phases"]) == list(recipe.phases) and result["finished"]
+    assert (facts["seed"], facts["tiny"], facts["device"], facts["set"]) == (3, True, "cpu", FAMILIES[name])
+    assert facts["data"]["image_shape"][0] == 3 and facts["data"]["train_images"] == recipe.data.options["n_train"]
+    assert not list(out.glob("*.pt")) and not list(out.glob("*.tmp")) and not (out / "start.safetensors").exists()
+    if recipe.base:  # was done first, and said so
+        assert said[0].startswith(f"{name} starts from {recipe.base.recipe}, which is not there")
+        assert facts["base"]["recipe"] == recipe.base.recipe
+        base = json.loads((tmp_path / "tiny" / recipe.base.recipe / "seed3" / "result.json").read_text())
+        assert facts["base"]["acc"] == base["phases"]["train"]["acc"]
+
+    images = run.load_data(recipe, None)
+    example = run.example_of(images)
+    dense = fp.load(out / "dense.safetensors")
+    before = fp.flops(dense, example[:1])
+    for phase, block in result["phases"].items():
+        rows = [row for row in metrics if row["phase"] == phase]
+        assert [row["epoch"] for row in rows] == list(range(block["epochs"]))
+        if rows:
+            assert block["steps"] == rows[-1]["step"] and block["acc_last"] == rows[-1]["test_acc"]
+            assert block["acc_best"] == max(row["test_acc"] for row in rows) == rows[block["epoch_best"]]["test_acc"]
+        assert all(kept <= of for kept, of in block["kept"].values())
+    network = run.NETWORKS[phase]
+    small = fp.load(out / f"{network}.safetensors")
+    after = fp.flops(small, example[:1])
+    assert (block["macs"], block["params"]) == (after["macs"], after["params"])
+    fused = fp.nn.convert_batchnorm(small, fuse=True)
+    assert evaluate(fused, images.loaders(64).test)["acc"] == block["acc"]
+    assert {row["name"]: [kept["out_channels"], row["out_channels"]] for row, kept in zip(
+        before["layers"], after["layers"], strict=True)} == block["kept"]  # fmt: skip
+    if recipe.prune is None:
+        assert after["macs"] == before["macs"]
+        return
+    channels = result["phases"]["prune"]["channels"]
+    if recipe.prune.compact:
+        assert after["macs"] < before["macs"] and after["params"] < before["params"]
+        for layer, (kept, of) in channels.items():
+            if layer in block["kept"]:
+                assert block["kept"][layer] == [kept, of]
+    else:
+        gone = sum(of - kept for kept, of in channels.values())
+        assert after["macs"] == before["macs"] and result["phases"]["finetune"]["zeros"] == gone > 0
+    for row in importances:
+        assert len(row["edges"]) == len(row["counts"]) + 1 == run.BINS + 1
+        assert row["edges"] == sorted(row["edges"])
+    assert {row["phase"] for row in importances} >= {"prune"}
+    last = [row for row in importances if row["phase"] == "prune" and row["epoch"] == importances[-1]["epoch"]]
+    scored = {row["group"] for row in last}
+    assert scored <= set(channels) | {key.removesuffix(".weight") for key in channels} and scored
+
+
+class Killed(BaseException):
+    pass
+
+
+# The same run, stopped at the n-th look at the clock of each kind of event: after an epoch, before a block is written.
+@pytest.mark.parametrize("name", ["greg/vgg19-cifar100-greg1-0.7", "fisher/wrn-40-2-fisher-scratch"])
+def test_resumed_runs_end_bit_for_bit_the_same(name, tmp_path, monkeypatch):
+    straight = run.run(name, runs=tmp_path / "a", **QUIET)
+    epochs = len(MetricsLog.read(straight / "metrics.jsonl"))
+    phases = len(json.loads((straight / "result.json").read_text())["phases"])
+    base = recipes.load(name).base.recipe
+    expected, expected_base = comparable(straight), comparable(tmp_path / "a" / "tiny" / base / "seed0")
+    write, write_json = run.PhaseLog.write, run._write_json
+    runs = tmp_path / "b"
+    stops = 0
+    for kind in ("epoch", "block"):
+        for n in range(1, 20):
+            seen = 0
+
+            def stop(call, *args, n=n):
+                nonlocal seen
+                seen += 1
+                if seen == n:
+                    raise Killed
+                call(*args)
+
+            with monkeypatch.context() as patch:
+                if kind == "epoch":
+                    patch.setattr(run.PhaseLog, "write", lambda self, row: stop(write, self, row))
+                else:
+                    patch.setattr(run, "_write_json", lambda path, content: stop(write_json, path, content))
+                try:
+                    run.run(name, runs=runs, resume=True, **QUIET)
+                except Killed:
+                    stops += 1
+                    continue
+            break
+        out = runs / "tiny" / name / "seed0"
+        got = comparable(out)
+        assert [a == b for a, b in zip(got, _moved(expected, straight, out), strict=True)] == [True] * len(got)
+        assert comparable(runs / "tiny" / base / "seed0")[1:] == expected_base[1:]
+        runs = tmp_path / "c"
+    assert stops >= phases + 1 and epochs > 0
+
+
+def _moved(what, old, new):
+    """The paths in run.json are those of another folder."""
+    facts, *rest = what
+    return (json.loads(json.dumps(facts).replace(str(old.parents[3]), str(new.parents[3]))), *rest)
+
+
+def test_a_folder_is_never_overwritten(tmp_path):
+    name = "fisher/wrn-reduced-depth16"
+    out = run.run(name, runs=tmp_path, **QUIET)
+    before = comparable(out)
+    with pytest.raises(ValueError, match="holds a run already; --resume continues it"):
+        run.run(name, runs=tmp_path, **QUIET)
+    with pytest.raises(ValueError, match=r"another recipe: train.lr was 0.1 then, and is 0.05 now"):
+        run.run(name, runs=tmp_path, resume=True, changes={"train.lr": 0.05}, **QUIET)
+    assert run.run(name, runs=tmp_path, resume=True, **QUIET) == out  # nothing left to do
+    assert comparable(out) == before
+    other = run.run(name, runs=tmp_path, seed=1, **QUIET)
+    assert other != out and (other / "dense.safetensors").read_bytes() != (out / "dense.safetensors").read_bytes()
+
+
+def test_until_the_method_is_done(tmp_path):
+    """Pruning ends with the step in which the method does, not with the epoch."""
+    changes = {"prune.options.reg_step": 0.25, "prune.options.stabilize": 2, "data.options.n_train": 160}
+    out = run.run("greg/vgg19-cifar100-greg1-0.7", runs=tmp_path, changes=changes, **QUIET)
+    block = json.loads((out / "result.json").read_text())["phases"]["prune"]
+    # updates in steps 0 to 4 bring the coefficient over 1 (0.25 each, the limit itself does not end it), 2 to stabilise
+    assert block["steps"] == 7 and block["epochs"] == 2
+
+
+def test_held_weights_stay_zero_without_removal(tmp_path):
+    name = "greg/resnet50-imagenet-unstructured-greg1-0.827"
+    changes = {**SMALL, "prune.ratio": 0.8, "finetune.epochs": 2, "finetune.lr": 0.5, "finetune.schedule.at": []}
+    out = run.run(name, runs=tmp_path, changes=changes, **QUIET)
+    dense, pruned = (fp.load(out / f"{which}.safetensors") for which in ("dense", "pruned"))
+    for (key, a), b in zip(dense.named_parameters(), pruned.parameters(), strict=True):
+        assert a.shape == b.shape and not torch.equal(a, b), key
+        if a.dim() == 4 or key == "fc.weight":
+            assert int((b == 0).sum()) == -(-8 * a.numel() // 10), key
+
+
+# --- before anything runs ------------------------------------------------------------------------------------------
+
+
+def test_dry_run_says_it_all(capsys):
+    assert cli.main(["run", "greg/vgg19-cifar100-greg1-0.7", "--tiny", "--dry-run", "--device", "cpu"]) == 0
+    out = capsys.readouterr().out
+    assert out.startswith("name: greg/vgg19-cifar100-greg1-0.7\n") and "ratio: '[1-15:0.7]'" in out
+    rows = [line.split() for line in out.splitlines() if line.startswith("features.")]
+    assert rows[:2] == [["features.0", "8", "8"], ["features.3", "2", "8"]] and len(rows) == 16
+    assert re.search(r"^MACs: [\d,]+ before, [\d,]+ after \(\d[\d.]+x\)$", out, re.M) and "parameters: " in out
+    assert "prune: " in out and " s per epoch, " in out and "finetune: " in out
+
+
+def test_dry_run_without_the_data(capsys):
+    assert cli.main(["run", "taylor/resnet50-imagenet-56", "--dry-run"]) == 0
+    out = capsys.readouterr().out
+    assert "5892 of 11392 channels stay (51.7%)" in out and "MACs: 4,089,184,256 before\n" in out
+    assert "prune: time not measured: imagenet: " in out
+
+
+def test_nothing_is_written_when_the_data_is_missing(tmp_path, capsys):
+    for name in ("rni/vgg16-cifar10-ucs-train", "taylor/resnet50-imagenet-56"):
+        assert cli.main(["run", name, "--out", str(tmp_path / "runs")]) == 1
+        error = capsys.readouterr().err
+        assert error.count("\n") == 1 and error.startswith(f"fastprune: error: {recipes.load(name).data.name}: ")
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize(
+    "argv, says",
+    [
+        (["run", "rni/vgg61"], "unknown recipe 'rni/vgg61'"),
+        (
+            ["run", "rni/readme-train", "--set", "train.epoch=3"],
+            "train.epoch: unknown key 'epoch'; did you mean 'epochs'",
+        ),
+        (["run", "rni/readme-train", "--set", "train"], "--set: expected key=value"),
+        (["run", "none.yaml"], "cannot read recipe none.yaml"),
+        (["list", "recipes", "xyz"], "no recipe fits 'xyz'"),
+    ],
+)
+def test_bad_input_is_one_line(capsys, argv, says):
+    assert cli.main(argv) == 1
+    out, err = capsys.readouterr()
+    assert out == "" and err.count("\n") == 1 and says in err
+
+
+def test_list_patterns_go_with_recipes(capsys):
+    assert cli.main(["list", "models", "res"]) == 2
+    assert cli.main(["list", "recipes", "taylor/"]) == 0
+    assert "taylor/resnet101-imagenet-40" in capsys.readouterr().out
