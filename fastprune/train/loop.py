@@ -144,7 +144,7 @@ def fit(
         with _bar(progress, run, epochs) as bar:
             while not (len(run.history) >= epochs or until()):
                 row = run.epoch(until, bar)
-                run.save(must=len(run.history) == epochs or until())
+                run.save(must=len(run.history) == epochs or until() or run.checkpoints.due())
                 bar.set_postfix_str(f"loss {row['train_loss']:.3f}, test accuracy {row['test_acc']:.2%}")
         return run.end()
 
@@ -180,7 +180,9 @@ class _Run:
         self.unlogged: list[dict[str, Any]] = []  # rows that the disk had no room for
         # the method first: it makes the model as small as it was, before the weights come
         parts = {"method": self.method, "model": self.model, "optimizer": self.optimizer, "schedule": self.schedule}
-        self.checkpoints = Checkpoints(path, parts | {"train": self.train}, self._about(), minutes, keep_going)
+        self.checkpoints = Checkpoints(
+            path, parts | {"train": self.train}, self._about(), self.log, minutes, keep_going
+        )
 
     def _about(self) -> dict[str, str]:
         """What this run and a file to resume from must have in common, as the caller made it."""
@@ -219,13 +221,12 @@ class _Run:
     def save(self, must: bool) -> None:
         h = self.history
         state = {"rows": list(h), "best": h.best, "best_state": h.best_state, "unlogged": len(self.unlogged)}
-        state |= {"local": {"tally": self.tally.state_dict()}, "log": self.log.position() if self.log else 0}
+        state |= {"local": {"tally": self.tally.state_dict()}}
         self.checkpoints.save(state, f"at step {self.tally.steps} of epoch {len(h)}", must)
 
     def epoch(self, until: Callable[[], bool], bar: tqdm) -> dict[str, Any]:
         """Train, or go on training, to the end of an epoch and test; the row of it."""
-        row = {"epoch": len(self.history), "step": 0, "lr": self.optimizer.param_groups[0]["lr"]}
-        row |= self._train(until, bar)
+        row = {"epoch": len(self.history), "step": 0} | self._train(until, bar)
         row["step"] = row.pop("steps") + (self.history[-1]["step"] if self.history else 0)
         row |= {f"test_{key}": value for key, value in self._evaluate(self.model).items()}
         judged, ema = self.model, self.step.ema
@@ -241,7 +242,7 @@ class _Run:
     def _train(self, until: Callable[[], bool], bar: tqdm) -> dict[str, Any]:
         self.model.train()
         tally, checkpoints = self.tally, self.checkpoints
-        tally.go()
+        tally.go(self.optimizer.param_groups[0]["lr"])
         for batches in _grouped(self.train, self.settings.accumulate):
             tally.add(self.step(batches), batches)
             if self.schedule is not None and self.schedule_every == "step":
@@ -308,14 +309,16 @@ class _Tally:
 
     def __init__(self) -> None:
         self.batches = self.steps = self.images = 0
-        self.seconds = 0.0  # before the interruption
+        self.seconds = self.lr = 0.0  # before the interruption; at the beginning
         self.totals = torch.zeros(3, dtype=torch.float64)  # cross-entropy of images, penalty of steps, right answers
         self._images, self._weights = -1, self.totals  # images of a step, and what it counts for in the totals
         self._losses: list[Tensor] = []  # (3,) each, since the last look
         self._start = time.perf_counter()
 
-    def go(self) -> None:
+    def go(self, lr: float) -> None:
+        """Begin, or go on after an interruption."""
         self._start = time.perf_counter()
+        self.lr = self.lr if self.steps else float(lr)
 
     def add(self, seen: Tensor, batches: list[tuple[Tensor, Tensor]]) -> None:
         images = sum(len(y) for _, y in batches)
@@ -342,6 +345,7 @@ class _Tally:
         loss, penalty, right, images, steps = parallel.sum_over_processes(torch.cat([self.totals, counts])).tolist()
         return {
             "steps": self.steps,
+            "lr": self.lr,
             "train_loss": loss / images,
             "penalty": penalty / steps,
             "train_acc": right / images,
@@ -352,11 +356,11 @@ class _Tally:
     def state_dict(self) -> dict[str, Any]:
         seconds = self.seconds + (time.perf_counter() - self._start if self.steps else 0.0)
         counts = {"batches": self.batches, "steps": self.steps, "images": self.images, "seconds": seconds}
-        return counts | {"totals": self.totals.cpu()}
+        return counts | {"lr": self.lr, "totals": self.totals.cpu()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.batches, self.steps, self.images = state["batches"], state["steps"], state["images"]
-        self.seconds, self.totals = state["seconds"], state["totals"]
+        self.seconds, self.lr, self.totals = state["seconds"], state["lr"], state["totals"]
 
 
 def _grouped(batches: Batches, size: int) -> Iterator[list[tuple[Tensor, Tensor]]]:

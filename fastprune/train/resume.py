@@ -17,6 +17,7 @@ from torch import nn
 
 from fastprune import parallel
 from fastprune.errors import CheckpointError, TrainingError
+from fastprune.train.metrics import MetricsLog
 
 MAGIC = b"fastprune training state 1\n"  # then the SHA-256 of what follows, in hex, and a newline
 
@@ -79,6 +80,7 @@ class Checkpoints:
         path: None: nothing is saved.
         parts: By name; those with a ``state_dict`` are saved, and loaded in this order.
         about: What a file must agree with to be this run's.
+        log: Its position is saved as ``"log"``.
         minutes: Between two files within an epoch; None: none.
         keep_going: Only warn if a file cannot be written.
     """
@@ -88,10 +90,11 @@ class Checkpoints:
         path: Path | None,
         parts: dict[str, Any],
         about: dict[str, str],
+        log: MetricsLog | None = None,
         minutes: float | None = None,
         keep_going: bool = False,
     ) -> None:
-        self.path, self.about, self.keep_going = path, about, keep_going
+        self.path, self.about, self.log, self.keep_going = path, about, log, keep_going
         self.parts = {name: part for name, part in parts.items() if hasattr(part, "state_dict")}
         self.seconds = None if minutes is None else 60 * minutes
         self.last: str | None = None  # where the run stood in the file that is there
@@ -123,7 +126,8 @@ class Checkpoints:
         self._check_finite(where)
         if parallel.rank() == 0:
             try:
-                write_state(self.path, {"about": self.about, "where": where} | state)
+                position = 0 if self.log is None else self.log.position()
+                write_state(self.path, {"about": self.about, "where": where, "log": position} | state)
                 self.last = where
             except OSError as error:
                 self._failed(error, where)
@@ -133,9 +137,7 @@ class Checkpoints:
     def _check_finite(self, where: str) -> None:
         parameters = [p.detach() for p in self.parts["model"].parameters() if p.numel()]
         if not torch.stack([p.isfinite().all() for p in parameters]).all():
-            raise TrainingError(
-                f"fit: the weights are not finite any more, {where}; lower the learning rate{self.kept()}"
-            )
+            raise TrainingError(f"fit: the weights are not finite {where}; lower the learning rate{self.kept()}")
 
     def _failed(self, error: OSError, where: str) -> None:
         text = f"fit: cannot write {self.path} ({error.strerror}), {where}{self.kept()}"
