@@ -1,7 +1,21 @@
-"""Image sets that fit in memory: decoded once to uint8, kept on the device, augmented there in batches."""
+"""Image sets: in memory, decoded once and augmented on the device in batches, or read from the disk by workers."""
 
-from fastprune.data import cifar, folder, toy
+from fastprune.data import cifar, folder, stream, toy
 from fastprune.data.loader import Loader
 from fastprune.data.sets import DATASETS, ImageSet, Loaders, load, register
+from fastprune.data.stream import StreamLoader, StreamSet
 
-__all__ = ["DATASETS", "ImageSet", "Loader", "Loaders", "cifar", "folder", "load", "register", "toy"]
+__all__ = [
+    "DATASETS",
+    "ImageSet",
+    "Loader",
+    "Loaders",
+    "StreamLoader",
+    "StreamSet",
+    "cifar",
+    "folder",
+    "load",
+    "register",
+    "stream",
+    "toy",
+]

@@ -46,19 +46,10 @@ def imagefolder(
     Raises:
         DataError: A folder is missing or empty, an image is damaged or of another size, or all is too big for memory.
     """
-    if root is None:
-        raise DataError("imagefolder: root is missing; name a folder with train/<class>/<image> and test/...")
-    tests = [name for name in ("test", "val") if (root / name).is_dir()]
-    if not (root / "train").is_dir() or not tests:
-        raise DataError(f"imagefolder: expected folders 'train' and 'test' (or 'val') in {root}")
-    classes = _folders(root / "train")
-    if not classes:
-        raise DataError(f"imagefolder: {root / 'train'} has no class folders; expected train/<class>/<image>")
-    if extra := set(_folders(root / tests[0])) - set(classes):
-        raise DataError(f"imagefolder: {root / tests[0]} has classes that train has not: {', '.join(sorted(extra))}")
+    classes, test = layout("imagefolder", root)
     cache = Path(cache_dir) if cache_dir is not None else _cache_dir(root)
     arrays: list[Tensor] = []
-    for split in ("train", tests[0]):
+    for split in ("train", test):
         arrays += _split(root / split, classes, image_size, cache, workers, progress)
     if arrays[0].shape[1:] != arrays[2].shape[1:]:
         raise DataError(
@@ -66,6 +57,21 @@ def imagefolder(
         )
     mean, std = _mean_std(arrays[0])
     return ImageSet("imagefolder", classes, *arrays, mean, std, pad=arrays[0].shape[2] // 8, flip=True)
+
+
+def layout(name: str, root: Path | None) -> tuple[tuple[str, ...], str]:
+    """Classes of an ImageFolder tree, and which of its folders is the test set."""
+    if root is None:
+        raise DataError(f"{name}: root is missing; name a folder with train/<class>/<image> and test/...")
+    tests = [split for split in ("test", "val") if (root / split).is_dir()]
+    if not (root / "train").is_dir() or not tests:
+        raise DataError(f"{name}: expected folders 'train' and 'test' (or 'val') in {root}")
+    classes = _folders(root / "train")
+    if not classes:
+        raise DataError(f"{name}: {root / 'train'} has no class folders; expected train/<class>/<image>")
+    if extra := set(_folders(root / tests[0])) - set(classes):
+        raise DataError(f"{name}: {root / tests[0]} has classes that train has not: {', '.join(sorted(extra))}")
+    return classes, tests[0]
 
 
 def _folders(path: Path) -> tuple[str, ...]:
@@ -82,23 +88,37 @@ def _cache_dir(root: Path) -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fastprune"
 
 
+def images_in(name: str, folder: Path, classes: tuple[str, ...]) -> tuple[list[os.DirEntry], list[int]]:
+    """The images of one split in the order of their names, and their labels."""
+    entries: list[os.DirEntry] = []
+    labels: list[int] = []
+    for label, cls in enumerate(classes):
+        if (folder / cls).is_dir():  # a test set may lack a class
+            found = (entry for entry in os.scandir(folder / cls) if Path(entry.name).suffix.lower() in SUFFIXES)
+            entries += sorted(found, key=lambda entry: entry.name)
+            labels += [label] * (len(entries) - len(labels))
+    if not entries:
+        raise DataError(f"{name}: no images in {folder}; known suffixes: {', '.join(sorted(SUFFIXES))}")
+    return entries, labels
+
+
+def decode(name: str, path: str | Path) -> Image.Image:
+    """In RGB."""
+    try:
+        with Image.open(path) as image:
+            return image.convert("RGB")
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:  # what Pillow raises
+        raise DataError(f"{name}: cannot decode {path} ({error}); replace or remove it") from error
+
+
 def _split(
     folder: Path, classes: tuple[str, ...], image_size: int | None, cache: Path, workers: int | None, progress: bool
 ) -> tuple[Tensor, Tensor]:
-    files: list[Path] = []
-    labels: list[int] = []
-    listing: list[tuple[str, int, int]] = []  # what must not change for the cached array to be this folder's
-    for label, name in enumerate(classes):
-        if not (folder / name).is_dir():
-            continue  # a test set may lack a class
-        for entry in sorted(os.scandir(folder / name), key=lambda entry: entry.name):
-            if Path(entry.name).suffix.lower() in SUFFIXES:
-                stat = entry.stat()
-                files.append(Path(entry.path))
-                labels.append(label)
-                listing.append((f"{name}/{entry.name}", stat.st_size, stat.st_mtime_ns))
-    if not files:
-        raise DataError(f"imagefolder: no images in {folder}; known suffixes: {', '.join(sorted(SUFFIXES))}")
+    entries, labels = images_in("imagefolder", folder, classes)
+    files = [Path(entry.path) for entry in entries]
+    # what must not change for the cached array to be this folder's
+    stats = [(f"{file.parent.name}/{file.name}", entry.stat()) for file, entry in zip(files, entries, strict=True)]
+    listing = [(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats]
     key = hashlib.sha256(json.dumps(["v1", image_size, listing]).encode()).hexdigest()[:20]
     path = cache / f"{folder.name}-{key}.npy"
     if path.is_file():
@@ -112,17 +132,13 @@ def _split(
 def _decode(files: list[Path], image_size: int | None, workers: int | None, progress: bool) -> np.ndarray:
     """(N, 3, H, W), uint8."""
 
-    def decode(path: Path) -> np.ndarray:
-        try:
-            with Image.open(path) as image:
-                rgb = image.convert("RGB")
-        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:  # what Pillow raises
-            raise DataError(f"imagefolder: cannot decode {path} ({error}); replace or remove it") from error
+    def pixels(path: Path) -> np.ndarray:
+        rgb = decode("imagefolder", path)
         if image_size is not None and rgb.size != (image_size, image_size):
             rgb = ImageOps.fit(rgb, (image_size, image_size), Image.Resampling.BILINEAR)
         return np.asarray(rgb).transpose(2, 0, 1)
 
-    first = decode(files[0])
+    first = pixels(files[0])
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     if (size_bytes := len(files) * first.size) > memory // 2:
         raise DataError(
@@ -132,7 +148,7 @@ def _decode(files: list[Path], image_size: int | None, workers: int | None, prog
     images = np.empty((len(files), *first.shape), np.uint8)
 
     def put(i: int) -> None:
-        image = decode(files[i])
+        image = pixels(files[i])
         if image.shape != first.shape:
             raise DataError(
                 f"imagefolder: {files[i]} is {image.shape[1]}x{image.shape[2]}, {files[0]} is "

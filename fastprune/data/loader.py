@@ -65,9 +65,7 @@ class Loader:
             )
         self.images, self.labels = images, labels
         self.batch_size, self.pad, self.flip, self.shuffle = batch_size, pad, flip, shuffle
-        scale = torch.tensor(std, dtype=torch.float64).mul(255).reciprocal()
-        shift = torch.tensor(mean, dtype=torch.float64).mul(-255) * scale
-        self._scale, self._shift = (t.float().view(-1, 1, 1).to(images.device) for t in (scale, shift))
+        self._scale, self._shift = normalisation(mean, std, images.device)
         self._generator = torch.Generator().manual_seed(seed)
         self._position = (self._generator.get_state(), 0)  # generator at the start of the epoch, batches handed out
         self._resume = False
@@ -116,6 +114,13 @@ class Loader:
     def end_epoch(self) -> None:
         """Leave out what is left of the epoch."""
         self._position = (self._generator.get_state(), 0)
+
+
+def normalisation(mean: Sequence[float], std: Sequence[float], device: torch.device) -> tuple[Tensor, Tensor]:
+    """Scale and shift, (C, 1, 1) float32 each, so that ``uint8 * scale + shift`` is ``(uint8 / 255 - mean) / std``."""
+    scale = torch.tensor(std, dtype=torch.float64).mul(255).reciprocal()
+    shift = torch.tensor(mean, dtype=torch.float64).mul(-255) * scale
+    return tuple(t.float().view(-1, 1, 1).to(device) for t in (scale, shift))
 
 
 def share(n: int, batch: int, batch_size: int, rank: int, processes: int, even: bool) -> slice:

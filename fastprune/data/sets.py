@@ -100,15 +100,18 @@ def load(
     pad: int | None = None,
     flip: bool | None = None,
     **options: Any,
-) -> ImageSet:
-    """Read a data set into memory, onto ``device``.
+) -> Any:
+    """Read a data set into memory, onto ``device``; ``imagenet`` is read from the disk while it is used.
 
     Args:
-        name: ``digits`` (scikit-learn, nothing to download), ``cifar10``, ``cifar100``, ``imagefolder``, ``synthetic``.
+        name: ``digits`` (scikit-learn, nothing to download), ``cifar10``, ``cifar100``, ``imagefolder``,
+            ``imagenet``, ``synthetic``.
         root: Folder that holds the data; ``digits`` and ``synthetic`` need none.
         limit: At most so many training and test images (:meth:`ImageSet.limit`).
         mean, std, pad, flip: Instead of the data set's own normalisation and augmentation.
         options: Of the data set, e.g. ``image_size`` of ``imagefolder``: see its function in this package.
+
+    Returns: An :class:`ImageSet`; for ``imagenet`` a :class:`fastprune.data.StreamSet`.
 
     Raises:
         ValueError: No such data set or option.
@@ -122,5 +125,8 @@ def load(
             raise ValueError(f"data.load: {name} has no option {option!r}{did_you_mean(option, known)}")
     data = DATASETS[name](Path(root) if root is not None else None, **options)
     own = {"mean": mean, "std": std, "pad": pad, "flip": flip}
-    data = replace(data, **{key: value for key, value in own.items() if value is not None})
+    own = {key: value for key, value in own.items() if value is not None}
+    if odd := [key for key in own if not hasattr(data, key)]:
+        raise ValueError(f"data.load: {name} has no {odd[0]}; leave it out")
+    data = replace(data, **own)
     return (data if limit is None else data.limit(limit)).to(device)

@@ -29,7 +29,7 @@ ARCHS = {"vgg16": "vgg16-rni", "resnet56": "resnet56-rni"}
 
 
 def train(
-    dataset: str | datasets.ImageSet = "cifar10",
+    dataset: str | datasets.ImageSet | datasets.StreamSet = "cifar10",
     arch: str = "vgg16",
     method: str = "rni",
     reg_weight: float = 1e-4,
@@ -113,7 +113,7 @@ def train(
 
 def prune_finetune(
     model: nn.Module,
-    dataset: str | datasets.ImageSet = "cifar10",
+    dataset: str | datasets.ImageSet | datasets.StreamSet = "cifar10",
     method: str = "rni",
     prune_pc: float = 0.5,
     epochs: int = 160,
@@ -193,7 +193,7 @@ def prune_finetune(
 
 def _fit(
     model: nn.Module,
-    data: datasets.ImageSet,
+    data: datasets.ImageSet | datasets.StreamSet,
     method: methods.Method | None,
     what: dict[str, Any],
     out: Path,
@@ -231,27 +231,34 @@ def _method(name: str) -> str:
 
 
 def _load(
-    dataset: str | datasets.ImageSet, root: str | Path | None, device: torch.device, limit: int | None
-) -> datasets.ImageSet:
+    dataset: str | datasets.ImageSet | datasets.StreamSet,
+    root: str | Path | None,
+    device: torch.device,
+    limit: int | None,
+) -> datasets.ImageSet | datasets.StreamSet:
     if isinstance(dataset, str):
         return datasets.load(dataset, root, device=device, limit=limit)
     return (dataset if limit is None else dataset.limit(limit)).to(device)
 
 
-def _build(arch: str, options: Mapping[str, Any], data: datasets.ImageSet, bound: str | None) -> nn.Module:
+def _build(
+    arch: str, options: Mapping[str, Any], data: datasets.ImageSet | datasets.StreamSet, bound: str | None
+) -> nn.Module:
     name, channels = ARCHS.get(arch, arch), data.image_shape[0]
     if fn := models.MODELS.get(name):
         taken = inspect.signature(fn).parameters
         ours = {"in_channels": channels, "bound": bound}
-        return models.create(name, len(data.classes), **{key: v for key, v in ours.items() if key in taken}, **options)
+        ours = {key: value for key, value in ours.items() if key in taken}
+        return models.create(name, len(data.classes), **(ours | dict(options)))
     model = models.create(name, len(data.classes), **options)
     return fpnn.convert_batchnorm(model, bound=bound, fuse=False) if bound else model
 
 
-def _example(data: datasets.ImageSet) -> Tensor:
-    """Two test images, normalised."""
-    x, _ = next(iter(data.limit(2).loaders(2).test))
-    return x
+def _example(data: datasets.ImageSet | datasets.StreamSet) -> Tensor:
+    """Two test images, normalised, the same in all processes."""
+    count = 2 * parallel.processes()
+    x, _ = next(iter(data.limit(count).loaders(count).test))
+    return parallel.as_first_says(x.cpu()).to(x.device)
 
 
 def _cost(model: nn.Module, example: Tensor, batch_size: int) -> dict[str, float]:

@@ -42,8 +42,7 @@ class Settings:
 
     def forward(self, model: nn.Module, x: Tensor) -> Tensor:
         """Logits in float32."""
-        if self.channels_last:
-            x = x.contiguous(memory_format=torch.channels_last)
+        x = x.contiguous(memory_format=torch.channels_last if self.channels_last else torch.contiguous_format)
         dtype = PRECISIONS[self.precision]
         with torch.autocast(x.device.type, dtype=dtype, enabled=dtype is not None):
             return model(x).float()
