@@ -57,8 +57,8 @@ def _show(args: argparse.Namespace) -> int:
 def _eval(args: argparse.Namespace) -> int:
     from fastprune import files
 
-    options = {key: getattr(args, key) for key in ("root", "model", "image_size", "batch_size", "limit", "device")}
-    return files.test(args.file, args.dataset, **options, with_latency=args.latency)
+    options = {key: getattr(args, key) for key in ("root", "model", "batch_size", "limit", "device")}
+    return files.test(args.file, args.dataset, **options, options=dict(args.set), with_latency=args.latency)
 
 
 def _compact(args: argparse.Namespace) -> int:
@@ -322,10 +322,12 @@ COMMANDS = {
                 "help": "see fastprune list datasets; imagefolder for your own images",
             },
             "--root": {"type": Path, "metavar": "DIR", "help": "folder of the data set"},
-            "--image-size": {
-                "type": _count,
-                "metavar": "N",
-                "help": "imagefolder: pixels of a side (as the file says)",
+            "--set": {
+                "type": _option,
+                "action": "append",
+                "default": [],
+                "metavar": "NAME=VALUE",
+                "help": "option of the data set, such as image_size=224 (as the file says; repeatable)",
             },
             "--batch-size": {"type": _count, "default": 250, "metavar": "N", "help": "images (%(default)s)"},
             "--limit": {"type": _count, "metavar": "N", "help": "at most so many images"},

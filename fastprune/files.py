@@ -242,13 +242,16 @@ def test(
     *,
     root: Path | None = None,
     model: str | None = None,
-    image_size: int | None = None,
+    options: Mapping[str, Any] | None = None,
     batch_size: int = 250,
     limit: int | None = None,
     device: str | None = None,
     with_latency: bool = False,
 ) -> int:
     """Print the accuracy of a saved network on the test images of a data set.
+
+    Args:
+        options: Of the data set; ``image_size`` of ``imagefolder`` is as noted in the file, if it is.
 
     Returns: 0, the exit code.
 
@@ -258,12 +261,9 @@ def test(
     """
     device = device or ("cuda:0" if torch.cuda.is_available() else "cpu")
     small, document = network(str(path), model)
-    noted = _noted_shape(document)
-    options = {}
-    if dataset == "imagefolder" and (size := image_size or (noted[1] if noted else None)):
-        options["image_size"] = size
-    elif image_size is not None:
-        raise ValueError(f"--image-size is for imagefolder; the images of {dataset} have a size")
+    options, noted = dict(options or {}), _noted_shape(document)
+    if dataset == "imagefolder" and noted:
+        options = {"image_size": noted[1]} | options
     images = data.load(dataset, root, device=device, limit=limit, **options)
     loader = images.loaders(batch_size).test
     small = small.to(device)

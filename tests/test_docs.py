@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
+import shlex
 import sys
 import types
 from pathlib import Path
@@ -24,6 +26,7 @@ def blocks(text: str, language: str) -> list[tuple[int, str]]:
     return [(text.count("\n", 0, match.start(1)), match[1]) for match in found]
 
 
+FOLLOWED = ("docs/your-own-network.md",)  # whose commands are run, too, after the snippet before them
 SNIPPETS = [path for path in DOCUMENTS if blocks(path.read_text(), "python")]
 
 
@@ -35,9 +38,47 @@ def test_snippets_run(path, tmp_path, monkeypatch):
     module = types.ModuleType("snippet")
     monkeypatch.setitem(sys.modules, "snippet", module)  # dataclasses look their module up
     torch.manual_seed(0)
-    for line, source in blocks(path.read_text(), "python"):
+    text = path.read_text()
+    for line, source in blocks(text, "python"):
         # blank lines in front: a traceback then names the line of the document
         exec(compile("\n" * line + source, str(path), "exec"), vars(module))
+        if str(path.relative_to(ROOT)) in FOLLOWED:
+            follow(shell_after(text, line))
+
+
+def shell_after(text: str, line: int) -> str:
+    """The shell lines between the Python snippet that begins behind ``line`` and the next one."""
+    starts = [at for at, _ in blocks(text, "python")] + [text.count("\n")]
+    end = starts[starts.index(line) + 1]
+    return "".join(source for at, source in blocks(text, "sh") if line < at < end)
+
+
+def follow(shell: str) -> None:
+    """Run commands of ours, and the ``echo ... > file`` between them, in this process."""
+    for line in shell.splitlines():
+        words = shlex.split(line, comments=True)
+        if words[:1] == ["echo"]:
+            Path(words[3]).write_text(words[1])
+        elif words[:1] == ["fastprune"]:
+            assert cli.main(words[1:]) == 0, line
+
+
+def test_commands_of_the_page_about_them_run(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    follow("".join(source for _, source in blocks((ROOT / "docs" / "commands.md").read_text(), "sh")))
+
+
+def test_all_methods_and_their_options_are_described():
+    text = (ROOT / "docs" / "methods.md").read_text()
+    for name, method in fastprune.methods.METHODS.items():
+        assert f"`{name}`" in text, name
+        for field in dataclasses.fields(method.Options):
+            assert re.search(rf"`{field.name}[`=]", text), f"{name}: {field.name}"
+
+
+def test_all_commands_are_described():
+    text = (ROOT / "docs" / "commands.md").read_text()
+    assert [name for name in cli.COMMANDS if f"`fastprune {name}`" not in text] == []
 
 
 def test_readme_and_the_pages_for_users_have_snippets():

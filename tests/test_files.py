@@ -226,7 +226,7 @@ def test_own_network(capsys, own):
         (("eval", "NET", "--dataset", "cifar10", "--root", "none"), "none"),
         (("eval", "NET", "--dataset", "digts"), "did you mean 'digits'"),
         (("eval", "NET", "--dataset", "synthetic"), "does not run on images of synthetic"),
-        (("eval", "NET", "--dataset", "digits", "--image-size", "9"), "imagefolder"),
+        (("eval", "NET", "--dataset", "digits", "--set", "image_size=9"), "has no option 'image_size'"),
         (("eval", "NET", "--dataset", "digits", "--device", "cuda:77"), "no device"),
         (("eval", "NET", "--dataset", "digits", "--device", "meta"), "no device"),
         (("eval", "NET"), "--dataset"),

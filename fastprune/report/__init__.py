@@ -13,7 +13,7 @@ from fastprune.report.runs import Run, find, read
 __all__ = ["Run", "build", "find", "read", "run"]
 
 
-def run(folders: Sequence[Path], out: Path, *, title: str | None = None) -> int:
+def run(folders: Sequence[str | os.PathLike], out: str | os.PathLike, *, title: str | None = None) -> int:
     """Write a page about all runs at and below ``folders``; print where it is.
 
     Args:
@@ -27,8 +27,8 @@ def run(folders: Sequence[Path], out: Path, *, title: str | None = None) -> int:
         ValueError: None of the folders holds a run.
         OSError: ``out`` cannot be written.
     """
-    paths, left_out = [], []
-    for folder in folders:
+    out, paths, left_out = Path(out), [], []
+    for folder in map(Path, folders):
         found = find(folder)
         paths += found
         if not found:
