@@ -18,7 +18,7 @@ BUILD_INPUTS := pyproject.toml setup.py $(wildcard csrc/*.* csrc/*/*.*)
 say = @printf '\033[1m%s\033[0m\n' "$(1)"
 fail = { printf '%s\n' "make: $(1)" >&2; exit 1; }
 
-.PHONY: help install quickstart test lint format bench clean
+.PHONY: help install quickstart test lint docs format bench clean
 .DELETE_ON_ERROR:
 
 help:
@@ -26,7 +26,8 @@ help:
 	  'make test         install if needed, then run all tests' \
 	  'make install      only the environment: $(VENV), torch, fastprune in editable form' \
 	  'make lint         ruff, clang-format, import layering' \
-	  'make format       let ruff and clang-format rewrite the sources' \
+	  'make docs         the pages of docs/ as a web site in build/docs; dead links and headings fail' \
+  'make format       let ruff and clang-format rewrite the sources' \
 	  'make bench        CPU timings, interleaved against eager PyTorch (bench/README.md)' \
 	  'make clean        remove what was built, .venv too'
 
@@ -72,6 +73,17 @@ lint: $(VENV)/.lint
 	$(BIN)/clang-format --dry-run -Werror $(CXX_SOURCES) || status=1; \
 	$(BIN)/python -m pytest -q -c /dev/null --rootdir . --noconftest -p no:cacheprovider tests/test_layers.py || status=1; \
 	exit $$status
+
+# Needs no torch either.
+$(VENV)/.docs: pyproject.toml | $(BIN)/python
+	$(call say,Installing Sphinx)
+	@$(BIN)/python -c 'import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]["docs"])' \
+	  | xargs $(PIP) install || $(call fail,pip could not install Sphinx; see its message above)
+	@touch $@
+
+docs: $(VENV)/.docs
+	@$(BIN)/python -m sphinx -q -W --keep-going -b html docs build/docs
+	@echo 'build/docs/index.html'
 
 format: $(VENV)/.lint
 	@$(BIN)/ruff check --fix .

@@ -129,5 +129,12 @@ def test_readme_table_is_the_committed_one():
     assert rows and all(row in committed for row in rows)
 
 
+def test_index_of_results_is_up_to_date():
+    import runpy
+
+    written = runpy.run_path(str(ROOT / "scripts" / "results_index.py"))["index"]()
+    assert (ROOT / "docs" / "results" / "index.md").read_text() == written, "run python scripts/results_index.py"
+
+
 def test_changelog_has_this_version():
     assert f"\n## {fastprune.__version__}" in (ROOT / "CHANGELOG.md").read_text()
