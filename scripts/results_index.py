@@ -1,6 +1,6 @@
 """Write docs/results/index.md, the list of what is measured and what is not yet, from the pages beside it.
 
-    python scripts/results_index.py
+python scripts/results_index.py
 """
 
 from __future__ import annotations
