@@ -176,10 +176,11 @@ def sections(entries: list[Entry]) -> Iterable[dict[str, Any]]:
     def ident() -> str:
         return f"f{next(n)}"
 
+    papers = any(_paper_point(entry.first) for entry in entries)
     yield {
         "id": "macs", "title": "Accuracy against cost",
         "about": "Test accuracy over multiply-accumulates of one image: the dense network (hollow) and what came "
-        "out at the end (filled), a mark per seed. Crosses are what the papers report.",
+        "out at the end (filled), a mark per seed." + " Crosses are what the papers report." * papers,
         "figures": [f for task in tasks(entries) for f in accuracy_macs(task, ident)],
         "empty": "No run here has noted multiply-accumulates yet.",
     }  # fmt: skip

@@ -22,6 +22,7 @@ from fastprune.flops import flops
 from fastprune.train.loop import History, evaluate, fit
 from fastprune.train.metrics import MetricsLog
 from fastprune.train.optim import multistep, sgd
+from fastprune.version import __version__
 
 RECORDED = ("channels_last", "clip_norm", "accumulate", "ema", "deterministic")  # in the log's first row
 METHODS = {"rni": "rni", "ucs": "ucs", "l1": "slimming"}  # the authors' names to ours
@@ -204,6 +205,7 @@ def _fit(
     if epochs < 1 or lr <= 0:
         raise ValueError(f"{what['call']}: expected epochs >= 1 and lr > 0, got {epochs} and {lr}")
     what |= {key: value for key, value in fitting.items() if key in RECORDED and value}
+    what |= {"fastprune": __version__, "torch": str(torch.__version__), "device": str(data.train_images.device)}
     log = MetricsLog(out / "metrics.jsonl", out if tensorboard and parallel.rank() == 0 else None)
     if parallel.rank() == 0 and not (fitting["resume"] and (out / "last.pt").exists()):
         log.start(what)
