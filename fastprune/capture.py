@@ -28,6 +28,7 @@ def capture_step(
     warmup: int = 3,
     scaler: torch.amp.GradScaler | None = None,
     autocast: torch.dtype | None = None,
+    clip_norm: float | None = None,
     ema: Copies = None,
 ) -> CapturedStep:
     """Make a training step that is captured as a CUDA graph and then replayed: one launch in place of hundreds.
@@ -56,6 +57,7 @@ def capture_step(
         warmup: Steps that run as they are before each capture, at least 2.
         scaler: Its ``scale``, ``step`` and ``update`` become part of the step; with ``GrowingSGD`` or fused ones.
         autocast: Compute the forward and the loss in this dtype, as ``torch.autocast`` does.
+        clip_norm: Scale the gradients of all parameters down to this norm, before the method reads them.
         ema: Averaged copies of the model, which get smaller along with it, see :func:`fastprune.compact`.
 
     Returns: A :class:`CapturedStep`.
@@ -67,7 +69,8 @@ def capture_step(
     device = next(model.parameters()).device
     if device.type != "cuda":
         raise ValueError(f"capture_step: expected a model on a CUDA device, got one on {device}; train it without")
-    return CapturedStep(_CudaGraph(device), model, criterion, optimizer, method, warmup, scaler, autocast, ema)
+    settings = {"scaler": scaler, "autocast": autocast, "clip_norm": clip_norm, "ema": ema}
+    return CapturedStep(_CudaGraph(device), model, criterion, optimizer, method, warmup, **settings)
 
 
 class CapturedStep:
@@ -87,11 +90,13 @@ class CapturedStep:
         model: nn.Module,
         criterion: Criterion,
         optimizer: torch.optim.Optimizer,
-        method: Method | None,
-        warmup: int,
-        scaler: torch.amp.GradScaler | None,
-        autocast: torch.dtype | None,
-        ema: Copies,
+        method: Method | None = None,
+        warmup: int = 3,
+        *,
+        scaler: torch.amp.GradScaler | None = None,
+        autocast: torch.dtype | None = None,
+        clip_norm: float | None = None,
+        ema: Copies = None,
     ) -> None:
         if not isinstance(warmup, int) or warmup < 2:
             raise ValueError(f"capture_step: expected warmup of at least 2 steps, got {warmup!r}")
@@ -100,7 +105,7 @@ class CapturedStep:
         _check(optimizer, scaler)
         self._graph, self._model, self._criterion = graph, model, criterion
         self._optimizer, self._method, self._warmup = optimizer, method, warmup
-        self._scaler, self._autocast, self._ema = scaler, autocast, ema
+        self._scaler, self._autocast, self._clip_norm, self._ema = scaler, autocast, clip_norm, ema
         self._device = next(model.parameters()).device
         self._batch: tuple[Tensor, ...] | None = None  # what the graph reads
         self._rates: dict[int, tuple[Tensor, float]] = {}  # group number -> learning rate on the device and here
@@ -160,6 +165,11 @@ class CapturedStep:
         penalty = None if method is None else method.penalty()
         loss = results[0] if penalty is None else results[0] + penalty
         (loss if scaler is None else scaler.scale(loss)).backward()
+        if self._clip_norm is not None:
+            if scaler is not None:
+                scaler.unscale_(optimizer)
+            parameters = [p for group in optimizer.param_groups for p in group["params"]]
+            torch.nn.utils.clip_grad_norm_(parameters, self._clip_norm)
         with self._device_rates():
             if method is not None:
                 method.launch(optimizer, results[0].detach(), scaler)

@@ -101,7 +101,7 @@ class Run:
         self.optimizer = optimizer(self.model.parameters(), lr, **settings)
         self.schedule = torch.optim.lr_scheduler.CosineAnnealingLR(self.optimizer, STEPS)
         self.scaler = torch.amp.GradScaler(device, init_scale=16.0, growth_interval=3) if scaled else None
-        self.losses, self.dtype, self.device = [], dtype, device
+        self.losses, self.dtype, self.device, self.clip_norm = [], dtype, device, None
 
     def batch(self, i):
         generator = torch.Generator().manual_seed(i)
@@ -113,6 +113,10 @@ class Run:
         loss = F.cross_entropy(self.model(x), y)
         total = loss + self.method.penalty() if self.method else loss
         (self.scaler.scale(total) if self.scaler else total).backward()
+        if self.clip_norm:
+            if self.scaler:
+                self.scaler.unscale_(self.optimizer)
+            nn.utils.clip_grad_norm_(self.model.parameters(), self.clip_norm)
         if self.method:
             self.method.step(self.optimizer, loss.detach(), self.scaler)
         elif self.scaler:
@@ -125,9 +129,8 @@ class Run:
 
     def captured(self, criterion=F.cross_entropy):
         self.graph = Recorder()
-        return CapturedStep(
-            self.graph, self.model, criterion, self.optimizer, self.method, 2, self.scaler, None, None
-        )  # fmt: skip
+        settings = {"scaler": self.scaler, "clip_norm": self.clip_norm}
+        return CapturedStep(self.graph, self.model, criterion, self.optimizer, self.method, 2, **settings)
 
     def train(self, step, steps=STEPS):
         for i in range(steps):
@@ -307,6 +310,18 @@ def test_results_beside_the_loss():
     scales = [m.weight for m in run.model.modules() if isinstance(m, nn.BatchNorm2d)]
     before = step.penalty.item()
     assert before == pytest.approx(1e-4 * sum(w.abs().sum().item() for w in scales), rel=1e-2)
+
+
+@pytest.mark.parametrize("name, scaled", [("taylor-weight", False), ("greg-1", True)])
+def test_gradients_that_are_clipped(name, scaled):
+    runs = [Run(*METHODS[name], scaled=scaled) for _ in range(3)]
+    for run in runs[:2]:
+        run.clip_norm = 0.5
+    runs[0].train(runs[0].plain, 12)
+    runs[1].train(runs[1].captured(), 12)
+    runs[2].train(runs[2].plain, 12)
+    assert_alike(*runs[:2])
+    assert runs[1].graph.replays >= 4 and not torch.equal(runs[0].losses[-1], runs[2].losses[-1])
 
 
 def test_without_a_method():
@@ -517,10 +532,10 @@ def test_what_is_refused():
     with pytest.raises(ValueError, match="capture_step: expected a model on a CUDA device, got one on cpu"):
         capture_step(run.model, F.cross_entropy, run.optimizer, run.method)
     with pytest.raises(ValueError, match="expected warmup of at least 2 steps, got 1"):
-        CapturedStep(Recorder(), run.model, F.cross_entropy, run.optimizer, None, 1, None, None, None)
+        CapturedStep(Recorder(), run.model, F.cross_entropy, run.optimizer, warmup=1)
 
     def make(optimizer, scaler=None):
-        CapturedStep(Recorder(), run.model, F.cross_entropy, optimizer, None, 2, scaler, None, None)
+        CapturedStep(Recorder(), run.model, F.cross_entropy, optimizer, scaler=scaler)
 
     with pytest.raises(ValueError, match="expected Adam with capturable=True, got capturable=False"):
         make(torch.optim.Adam(run.model.parameters()))
