@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from fastprune.errors import TrainingError
 from fastprune.methods import Method
+from fastprune.nn import MaskedConv2d
 from fastprune.optim import GrowingSGD
 from fastprune.parallel import processes
 from fastprune.surgery import Copies
@@ -112,7 +113,8 @@ class CapturedStep:
         self._baked: tuple | None = None  # of the last step
         self._warm = 0  # steps since it changed
         self._restless = 0  # times that only a number changed
-        self._tensors: list[Tensor] = []
+        self._tensors: list[Tensor] = []  # of the model
+        self._masked: list[MaskedConv2d] = []
         self._kept: list[Any] = []  # what the graph reads and others may drop
         self._grads: list[tuple[Tensor, Tensor | None]] = []
         self._result: tuple[tuple[Tensor, ...], Tensor | None] | None = None
@@ -207,6 +209,7 @@ class CapturedStep:
             return
         self.forget()
         self._tensors = [*self._model.parameters(), *self._model.buffers()]
+        self._masked = [m for m in self._model.modules() if isinstance(m, MaskedConv2d)]
         self._baked = self._structure(), self._addresses(), baked[2]
         if before is not None and before[:2] == baked[:2]:
             self._restless += 1
@@ -219,7 +222,8 @@ class CapturedStep:
                 )
 
     def _structure(self) -> tuple:
-        return self._model.training, () if self._method is None else self._method.structure()
+        masks = tuple(m._stamp() for m in self._masked)  # how many channels are live is part of the launches
+        return self._model.training, masks, () if self._method is None else self._method.structure()
 
     def _addresses(self) -> tuple:
         state = [t for entry in self._optimizer.state.values() for t in entry.values() if isinstance(t, Tensor)]

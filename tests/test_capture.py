@@ -298,6 +298,26 @@ def test_what_the_graph_holds_may_be_replaced():
     assert steps[1].captures >= 4
 
 
+def test_masks_of_convolutions_may_change():
+    """How many channels a masked convolution computes is part of its launch."""
+
+    def network():
+        layers = (fp.nn.MaskedConv2d(3, 6, 3), nn.ReLU(), nn.Conv2d(6, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(64, 4))
+        return nn.Sequential(*layers)
+
+    runs = [Run(None, {}, network=network) for _ in range(2)]
+    steps = runs[0].plain, runs[1].captured()
+    for i in range(18):
+        for run, step in zip(runs, steps, strict=True):
+            if i == 6:
+                run.model[0].out_mask = torch.arange(6) < 4
+            if i == 12:
+                run.model[0].out_mask[1] = False
+            run.losses.append(step(*run.batch(i)))
+    assert_alike(*runs)
+    assert steps[1].captures == 3 and runs[1].graph.replays >= 6
+
+
 def test_results_beside_the_loss():
     def criterion(out, y):
         return F.cross_entropy(out, y), (out.argmax(1) == y).sum()
