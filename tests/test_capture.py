@@ -580,6 +580,7 @@ def test_numbers_that_change_in_every_step_are_named():
 
 # On a GPU, with graphs of CUDA.  Sums of other kernels than ours may round otherwise in a graph: close, not equal
 
+ONCE = pytest.mark.parametrize("name, options", dict(reversed(METHODS.values())).items())  # the first of each name
 GPU = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
 
@@ -596,7 +597,7 @@ def as_on_a_gpu():
 class TestOnAGPU:
     pytestmark = GPU
 
-    @EACH
+    @ONCE
     def test_a_real_graph_trains_as_the_plain_step(self, name, options, as_on_a_gpu):
         runs = [Run(name, options, device="cuda", lr=0.01) for _ in range(2)]
         step = capture_step(runs[1].model, F.cross_entropy, runs[1].optimizer, runs[1].method, warmup=2)
@@ -637,7 +638,7 @@ class TestOnAGPU:
         assert step.captures >= 1
         compare_losses(*runs)
 
-    @EACH
+    @ONCE
     @pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype")
     def test_a_plain_step_does_not_wait(self, name, options, as_on_a_gpu):
         """Between two cuts, or updates that read magnitudes."""
