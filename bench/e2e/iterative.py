@@ -28,7 +28,7 @@ from torch import nn
 import fastprune as fp
 from bench.harness import ROOT, append, provenance
 from fastprune.train import evaluate, fit, from_scratch, multistep, sgd
-from fastprune.train.loop import PRECISIONS
+from fastprune.train.step import PRECISIONS
 
 OUT = ROOT / "docs" / "results" / "iterative"
 
