@@ -9,7 +9,8 @@ computed.  What is dead in the results was zeroed before.  Pixels are the rows o
     finish      sum of the chunks, in order
 
 Weight masks are applied to weights as they are loaded and to dw as it is stored; a tile of weights that are all dead is
-not loaded, nor are the activations that it would meet.  All strides are in elements; offsets are 32-bit, which halves
+not loaded, nor are the activations that it would meet.  Threads follow the memory: along the pixels in NCHW, along the
+channels in channels_last.  All strides are in elements; offsets are 32-bit, which halves
 the registers of a tile's addresses, so tensors of 2^31 elements are refused.
 """
 
@@ -43,6 +44,22 @@ def _pixel(at, H, W):
 
 
 @triton.jit
+def _load(ptr, at, exists, c, c_live, stride, NHWC: tl.constexpr):
+    """Channels c of pixels at offsets ``at``, (pixels, channels); neighbouring threads read neighbouring addresses."""
+    if NHWC:
+        return tl.load(ptr + at[:, None] + c[None, :] * stride, mask=exists[:, None] & c_live[None, :], other=0.0)
+    return tl.trans(tl.load(ptr + c[:, None] * stride + at[None, :], mask=c_live[:, None] & exists[None, :], other=0.0))
+
+
+@triton.jit
+def _store(ptr, value, at, exists, c, c_live, stride, NHWC: tl.constexpr):
+    if NHWC:
+        tl.store(ptr + at[:, None] + c[None, :] * stride, value, mask=exists[:, None] & c_live[None, :])
+    else:
+        tl.store(ptr + c[:, None] * stride + at[None, :], tl.trans(value), mask=c_live[:, None] & exists[None, :])
+
+
+@triton.jit
 def _multiply(a, b, acc, WIDEN: tl.constexpr):
     if WIDEN:
         a = a.to(tl.float32)
@@ -58,7 +75,7 @@ def _forward_kernel(
     H, W, P, Q,                       # of x, of y
     x_n, x_c, x_h, x_w, y_n, y_c, y_h, y_w, w_o, w_i, w_h, w_w,
     stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w,
-    KH: tl.constexpr, KW: tl.constexpr, WIDEN: tl.constexpr,
+    KH: tl.constexpr, KW: tl.constexpr, NHWC: tl.constexpr, WIDEN: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """A tile (BLOCK_M pixels, BLOCK_N live outputs) of y."""
@@ -79,13 +96,11 @@ def _forward_kernel(
         if mask_ptr is not None:
             w_live &= tl.load(mask_ptr + w_at, mask=w_live, other=0) != 0
         if mask_ptr is None or tl.max(tl.max(w_live.to(tl.int32), axis=1), axis=0) > 0:
-            x_at = (n * x_n + h * x_h + w * x_w)[:, None] + i[None, :] * x_c
-            x = tl.load(x_ptr + x_at, mask=inside[:, None] & i_live[None, :], other=0.0)
+            x = _load(x_ptr, n * x_n + h * x_h + w * x_w, inside, i, i_live, x_c, NHWC)
             acc = _multiply(x, tl.load(w_ptr + w_at, mask=w_live, other=0.0), acc, WIDEN)
     if bias_ptr is not None:
         acc += tl.load(bias_ptr + o, mask=o_live, other=0.0).to(tl.float32)[None, :]
-    y_at = (n * y_n + p * y_h + q * y_w)[:, None] + o[None, :] * y_c
-    tl.store(y_ptr + y_at, acc, mask=(m < pixels)[:, None] & o_live[None, :])
+    _store(y_ptr, acc.to(y_ptr.dtype.element_ty), n * y_n + p * y_h + q * y_w, m < pixels, o, o_live, y_c, NHWC)
 
 
 @triton.jit
@@ -96,7 +111,7 @@ def _data_kernel(
     H, W, P, Q,
     x_n, x_c, x_h, x_w, y_n, y_c, y_h, y_w, w_o, w_i, w_h, w_w,
     stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w,
-    KH: tl.constexpr, KW: tl.constexpr, WIDEN: tl.constexpr,
+    KH: tl.constexpr, KW: tl.constexpr, NHWC: tl.constexpr, WIDEN: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """A tile (BLOCK_M pixels, BLOCK_N live inputs) of dx."""
@@ -118,11 +133,9 @@ def _data_kernel(
         if mask_ptr is not None:
             w_live &= tl.load(mask_ptr + w_at, mask=w_live, other=0) != 0
         if mask_ptr is None or tl.max(tl.max(w_live.to(tl.int32), axis=1), axis=0) > 0:
-            dy_at = (n * y_n + p * y_h + q * y_w)[:, None] + o[None, :] * y_c
-            dy = tl.load(dy_ptr + dy_at, mask=(read & (m < pixels))[:, None] & o_live[None, :], other=0.0)
+            dy = _load(dy_ptr, n * y_n + p * y_h + q * y_w, read & (m < pixels), o, o_live, y_c, NHWC)
             acc = _multiply(dy, tl.load(w_ptr + w_at, mask=w_live, other=0.0), acc, WIDEN)
-    x_at = (n * x_n + h * x_h + w * x_w)[:, None] + i[None, :] * x_c
-    tl.store(dx_ptr + x_at, acc, mask=(m < pixels)[:, None] & i_live[None, :])
+    _store(dx_ptr, acc.to(dx_ptr.dtype.element_ty), n * x_n + h * x_h + w * x_w, m < pixels, i, i_live, x_c, NHWC)
 
 
 @triton.jit
@@ -133,7 +146,7 @@ def _weight_kernel(
     H, W, P, Q,
     x_n, x_c, x_h, x_w, y_n, y_c, y_h, y_w,
     stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w,
-    KH: tl.constexpr, KW: tl.constexpr, WIDEN: tl.constexpr,
+    KH: tl.constexpr, KW: tl.constexpr, NHWC: tl.constexpr, WIDEN: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """A tile (BLOCK_N live outputs, BLOCK_K live inputs) of one tap of dw, from one chunk of the pixels."""
@@ -153,11 +166,9 @@ def _weight_kernel(
         w = q * stride_w - pad_w + kw * dilation_w
         exists = m < pixels
         inside = exists & (h >= 0) & (h < H) & (w >= 0) & (w < W)
-        dy_at = (n * y_n + p * y_h + q * y_w)[None, :] + o[:, None] * y_c
-        x_at = (n * x_n + h * x_h + w * x_w)[:, None] + i[None, :] * x_c
-        dy = tl.load(dy_ptr + dy_at, mask=inside[None, :] & o_live[:, None], other=0.0)
-        x = tl.load(x_ptr + x_at, mask=inside[:, None] & i_live[None, :], other=0.0)
-        acc = _multiply(dy, x, acc, WIDEN)
+        dy = _load(dy_ptr, n * y_n + p * y_h + q * y_w, inside, o, o_live, y_c, NHWC)
+        x = _load(x_ptr, n * x_n + h * x_h + w * x_w, inside, i, i_live, x_c, NHWC)
+        acc = _multiply(tl.trans(dy), x, acc, WIDEN)
     row = (tl.program_id(2).to(tl.int64) * (KH * KW) + tap) * outputs
     at = (row + o_at)[:, None] * inputs + i_at[None, :]
     tl.store(partials_ptr + at, acc, mask=o_live[:, None] & i_live[None, :])
@@ -195,7 +206,13 @@ def config(dtype: torch.dtype, outputs: int, inputs: int) -> dict[str, int]:
 
     if dtype == torch.float32:  # exact float32 products are scalar fused multiply-adds, with operands in registers
         return {"BLOCK_M": 64, "BLOCK_N": fit(outputs, 32), "BLOCK_K": 16, "num_warps": 4}
-    return {"BLOCK_M": 64, "BLOCK_N": fit(outputs, 64), "BLOCK_K": fit(inputs, 32), "num_warps": 4}
+    block_n = fit(outputs, 64)
+    cfg = {"BLOCK_M": 64, "BLOCK_N": block_n, "BLOCK_K": fit(inputs, 32), "num_warps": 4}
+    if block_n == 64:  # four warps would need 254 registers a thread
+        cfg["num_warps"] = 8
+        if torch.version.hip is None:
+            cfg["maxnreg"] = 168  # left alone, ptxas spills to come to 128
+    return cfg
 
 
 def weight_config(dtype: torch.dtype, outputs: int, inputs: int) -> dict[str, int]:
@@ -204,7 +221,8 @@ def weight_config(dtype: torch.dtype, outputs: int, inputs: int) -> dict[str, in
 
     most = 32 if dtype == torch.float32 else 64
     block_m = 16 if dtype == torch.float32 else 32
-    return {"BLOCK_M": block_m, "BLOCK_N": fit(outputs, most), "BLOCK_K": fit(inputs, 32), "num_warps": 4}
+    block_n = fit(outputs, most)
+    return {"BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_K": fit(inputs, 32), "num_warps": 8 if block_n == 64 else 4}
 
 
 def _count(index: Tensor | None, channels: int) -> int:
@@ -220,10 +238,13 @@ def _like(mask: Tensor | None, weight: Tensor) -> Tensor | None:
     return mask.view(torch.uint8)
 
 
+def _nhwc(x: Tensor) -> bool:
+    return x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
+
+
 def _zeros(x: Tensor, channels: int, height: int, width: int, dead: bool) -> Tensor:
     """(N, channels, height, width) like x, zeroed where some of it will not be written."""
-    nhwc = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
-    layout = torch.channels_last if nhwc else torch.contiguous_format
+    layout = torch.channels_last if _nhwc(x) else torch.contiguous_format
     out = torch.empty((x.shape[0], channels, height, width), dtype=x.dtype, device=x.device, memory_format=layout)
     return out.zero_() if dead else out
 
@@ -247,7 +268,7 @@ def masked_conv2d(
             _forward_kernel[grid](
                 x, weight, _like(weight_mask, weight), bias, y, in_index, out_index, inputs, outputs, pixels,
                 H, W, P, Q, *x.stride(), *y.stride(), *weight.stride(), *stride, *padding, *dilation,
-                KH=KH, KW=KW, WIDEN=_WIDEN, **cfg,
+                KH=KH, KW=KW, NHWC=_nhwc(x), WIDEN=_WIDEN, **cfg,
             )  # fmt: skip
     return y
 
@@ -273,7 +294,7 @@ def masked_conv2d_backward(
             if dx.numel():
                 _data_kernel[grid](
                     dy, weight, mask, dx, in_index, out_index, inputs, outputs, N * H * W,
-                    *sizes_dx, *weight.stride(), *window, KH=KH, KW=KW, WIDEN=_WIDEN, **cfg,
+                    *sizes_dx, *weight.stride(), *window, KH=KH, KW=KW, NHWC=_nhwc(x), WIDEN=_WIDEN, **cfg,
                 )  # fmt: skip
         if need_dweight:
             dead = any(t is not None for t in (in_index, out_index, mask)) or not N
@@ -287,7 +308,7 @@ def masked_conv2d_backward(
             if pixels:
                 _weight_kernel[(tiles, KH * KW, chunks)](
                     dy, x, partials, in_index, out_index, inputs, outputs, pixels, chunk,
-                    *sizes, *window, KH=KH, KW=KW, WIDEN=_WIDEN, **cfg,
+                    *sizes, *window, KH=KH, KW=KW, NHWC=_nhwc(x), WIDEN=_WIDEN, **cfg,
                 )  # fmt: skip
                 _finish_kernel[(triton.cdiv(KH * KW * outputs * inputs, 256),)](
                     partials, mask, dw, in_index, out_index, inputs, outputs, chunks, *weight.stride(),
@@ -297,11 +318,11 @@ def masked_conv2d_backward(
 
 
 AOT_DTYPES = ("fp32", "bf16", "fp16")
-AOT_LIMITS = {name: {"registers": 254} for name in ("_forward_kernel", "_data_kernel", "_weight_kernel")}
+AOT_LIMITS = {name: {"registers": 168} for name in ("_forward_kernel", "_data_kernel")}
 
 
 def aot(dtype: str) -> list[tuple]:
-    """What scripts/aot_check.py compiles: 3x3, masks of both kinds and none, wide and narrow layers."""
+    """What scripts/aot_check.py compiles: 3x3, masks of both kinds and none, wide and narrow layers, both layouts."""
     torch_dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[dtype]
     names = "inputs outputs pixels chunk chunks H W P Q stride_h stride_w pad_h pad_w dilation_h dilation_w".split()
     names += [f"{t}_{d}" for t in "xy" for d in "nchw"] + [f"w_{d}" for d in "oihw"]
@@ -309,13 +330,18 @@ def aot(dtype: str) -> list[tuple]:
     pointers = {f"{t}_ptr": f"*{dtype}:16" for t in ("x", "w", "y", "dy", "dx", "dw", "bias")}
     pointers |= {"partials_ptr": "*fp32:16", "in_ptr": "*i64:16", "out_ptr": "*i64:16", "mask_ptr": "*u8:16"}
     rows = []
-    for label, masked, outputs, inputs in (("masked", True, 128, 128), ("16 to 16", False, 16, 16)):
+    for label, masked, outputs, inputs, nhwc in (
+        ("masked nchw", True, 128, 128, False), ("masked nhwc", True, 128, 128, True),
+        ("16 to 16 nchw", False, 16, 16, False), ("16 to 16 nhwc", False, 16, 16, True),
+    ):  # fmt: skip
         types = {**pointers, **numbers} if masked else {**pointers, **numbers, "mask_ptr": None, "bias_ptr": None}
+        types |= dict.fromkeys(("x_c", "y_c") if nhwc else ("x_w", "y_w"), 1)  # as the launcher sees them
         taps = {"KH": 3, "KW": 3}
-        tile = {**taps, "WIDEN": False, **config(torch_dtype, outputs, inputs)}
+        tile = {**taps, "NHWC": nhwc, "WIDEN": False, **config(torch_dtype, outputs, inputs)}
         for kernel in (_forward_kernel, _data_kernel):
             rows.append((label, kernel, types, tile, False))
-        weight = {**taps, "WIDEN": False, **weight_config(torch_dtype, outputs, inputs)}
+        weight = {**taps, "NHWC": nhwc, "WIDEN": False, **weight_config(torch_dtype, outputs, inputs)}
         rows.append((label, _weight_kernel, types, weight, False))
-        rows.append((label, _finish_kernel, types, {**taps, "BLOCK": 256, "num_warps": 2}, False))
+        if not nhwc:
+            rows.append((label, _finish_kernel, types, {**taps, "BLOCK": 256, "num_warps": 2}, False))
     return rows

@@ -46,8 +46,8 @@ TARGETS = {
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
 # Of a kernel whose file says nothing.  128 registers let two blocks of 256 threads share a multiprocessor's 65,536, and
-# 48 KiB is what a block gets without asking for more.
-LIMITS = {"registers": 128, "shared": 48 << 10}
+# 48 KiB is what a block gets without asking for more.  AMD's wavefronts have up to 512 vector registers.
+LIMITS = {"registers": 128, "vgprs": 256, "shared": 48 << 10}
 COLUMNS = ("kernel", "variant", "arch", "dtype", "registers", "spills", "shared", "loads", "stores", "verdict")
 ROOT = Path(__file__).resolve().parent.parent
 ROWS, PAGE = ROOT / "bench" / "results" / "aot.jsonl", ROOT / "docs" / "results" / "aot.md"
@@ -162,6 +162,9 @@ def check(job: Job) -> dict:
     facts = inspect_hip(compiled) if job.arch.startswith("gfx") else inspect_cuda(compiled)
     facts["shared"] = compiled.metadata.shared
     limits = LIMITS | getattr(load(job.module), "AOT_LIMITS", {}).get(kernel.__name__, {})
+    vgprs = limits.pop("vgprs")
+    if job.arch.startswith("gfx"):
+        limits["registers"] = vgprs
     return row | facts | {"limits": limits, "verdict": judge(facts, job.dtype, vectorised, limits)}
 
 
@@ -207,13 +210,20 @@ def page(rows: list[dict]) -> str:
         "in the machine code as count x bytes: `8x16` are eight instructions that move 16 bytes each. Argument tables,",
         "parameters of a channel and the ragged ends of a tensor are narrower on purpose.",
         "",
-        "What a kernel may have at most, 0 spills aside, stands beside it in its file, and here behind its name. Where",
+        "What a kernel may have at most, 0 spills aside, stands beside it in its file, and here below its name. Where",
         "activations are declared to be read 16 bytes at a time, a narrower load of them fails the check.",
     ]
     for kernel, mine in groupby(sorted(rows, key=lambda row: row["kernel"]), lambda row: row["kernel"]):
         mine = list(mine)
-        most = mine[0]["limits"]
-        text += ["", f"## {kernel}: at most {most['registers']} registers, {most['shared']:,} bytes shared", ""]
+        most = {row["arch"]: row["limits"]["registers"] for row in mine}
+        registers = ", ".join(f"{n} on {arch}" for arch, n in most.items())
+        text += [
+            "",
+            f"## {kernel}",
+            "",
+            f"At most {registers} registers; {mine[0]['limits']['shared']:,} bytes shared.",
+            "",
+        ]
         text += [f"| {' | '.join(COLUMNS[1:])} |", "| --- | --- | --- | ---: | ---: | ---: | --- | --- | --- |"]
         text += [f"| {' | '.join(show(row)[1:])} |" for row in mine]
     return "\n".join(text) + "\n"
