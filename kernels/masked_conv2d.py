@@ -10,8 +10,8 @@ computed.  What is dead in the results was zeroed before.  Pixels are the rows o
 
 Weight masks are applied to weights as they are loaded and to dw as it is stored; a tile of weights that are all dead is
 not loaded, nor are the activations that it would meet.  Threads follow the memory: along the pixels in NCHW, along the
-channels in channels_last.  All strides are in elements; offsets are 32-bit, which halves
-the registers of a tile's addresses, so tensors of 2^31 elements are refused.
+channels in channels_last.  All strides are in elements; offsets are 32-bit, which halves the registers of a tile's
+addresses, so tensors of 2^31 elements are refused.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """Compile every Triton kernel ahead of time, without a GPU, and judge the machine code.
 
     python scripts/aot_check.py [--arch sm_90,gfx942] [--dtype bf16] [--kernel batch_norm_act] [--json | --markdown]
-    python scripts/aot_check.py --write --jobs 8    all of it, into bench/results/aot.jsonl and docs/results/aot.md
+    python scripts/aot_check.py --write --jobs 8    all of it, into bench/results/aot.jsonl and docs/results/aot.md;
+                                                    with --kernel only the rows of these are made anew
 
 Prints registers, spills, shared memory and load widths per kernel.  Exit code 1 when a kernel does not compile, spills,
 takes more registers or shared memory than its file allows, or is declared vectorised but reads global memory in pieces
@@ -48,7 +49,8 @@ TARGETS = {
 # Of a kernel whose file says nothing.  128 registers let two blocks of 256 threads share a multiprocessor's 65,536, and
 # 48 KiB is what a block gets without asking for more.  AMD's wavefronts have up to 512 vector registers.
 LIMITS = {"registers": 128, "vgprs": 256, "shared": 48 << 10}
-COLUMNS = ("kernel", "variant", "arch", "dtype", "registers", "spills", "shared", "loads", "stores", "verdict")
+KEY = ("kernel", "variant", "arch", "dtype")
+COLUMNS = (*KEY, "registers", "spills", "shared", "loads", "stores", "verdict")
 ROOT = Path(__file__).resolve().parent.parent
 ROWS, PAGE = ROOT / "bench" / "results" / "aot.jsonl", ROOT / "docs" / "results" / "aot.md"
 
@@ -239,15 +241,15 @@ def main() -> int:
     form.add_argument("--json", action="store_true")
     form.add_argument("--markdown", action="store_true")
     form.add_argument("--list", action="store_true", help="as JSON what there is to compile, and compile nothing")
-    form.add_argument("--write", action="store_true", help=f"everything, into {ROWS.name} and {PAGE.name}")
+    form.add_argument("--write", action="store_true", help=f"into {ROWS.name} and {PAGE.name}")
     options = parser.parse_args()
     if os.environ.get("TRITON_INTERPRET"):
         parser.error("unset TRITON_INTERPRET: the interpreter takes the place of the compiler")
     arches = options.arch.split(",")
     if unknown := set(arches) - set(TARGETS):
         parser.error(f"unknown --arch {', '.join(sorted(unknown))}; known: {', '.join(TARGETS)}")
-    if options.write and (options.dtype or options.kernel or len(arches) < len(TARGETS)):
-        parser.error("--write is for everything; leave --arch, --dtype and --kernel out")
+    if options.write and (options.dtype or len(arches) < len(TARGETS)):
+        parser.error("--write is for all types and architectures; leave --arch and --dtype out")
     todo = jobs(arches, options.dtype and options.dtype.split(","), options.kernel)
     if not todo:
         parser.error("nothing to compile; see --dtype and --kernel")
@@ -269,8 +271,13 @@ def main() -> int:
     elif options.write:
         for row in failed:
             print("  ".join(show(row)))
+        names = {row["kernel"] for row in rows}
+        old = map(json.loads, ROWS.read_text().splitlines()) if options.kernel else ()
+        known = {json.dumps(row_of(job)) for job in jobs(arches, None, "")}
+        kept = [row for row in old if row["kernel"] not in names and json.dumps({k: row[k] for k in KEY}) in known]
+        rows = sorted(kept + [row | {"triton": triton.__version__} for row in rows], key=lambda row: row["kernel"])
         if not failed:
-            ROWS.write_text("".join(json.dumps(row | {"triton": triton.__version__}) + "\n" for row in rows))
+            ROWS.write_text("".join(json.dumps(row) + "\n" for row in rows))
             PAGE.write_text(page(rows))
     else:
         widths = [max(map(len, column)) for column in zip(*table, strict=True)]
