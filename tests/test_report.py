@@ -265,6 +265,15 @@ def test_resumed_rows_replace_old_ones(tmp_path):
     assert run.state == "2 epochs, no end recorded"
 
 
+def test_first_row_of_an_own_loop(tmp_path):
+    log = MetricsLog(tmp_path / "metrics.jsonl")
+    log.write({"phase": "finetune", "dataset": "photos", "macs": 5e6, "params": 100, "kept": {"conv1": [4, 8]}})
+    log.write({"epoch": 0, "test_acc": 0.75})
+    run = report.read(tmp_path)
+    assert run.points == [("fine-tuned", 5e6, 0.75)] and run.kept == {"conv1": (4, 8)}
+    assert run.facts["dataset"] == "photos" and run.last("params") == 100
+
+
 def test_what_is_no_run_is_one_line(folder, tmp_path, capsys):
     (tmp_path / "file").write_text("x")
     (tmp_path / "empty").mkdir()

@@ -217,7 +217,12 @@ def _read_rows(run: Run, rows: list[dict[str, Any]]) -> None:
     for row in rows:
         if "call" in row:  # fastprune.train and prune_finetune begin with what they were asked
             _read_call(run, row)
-        elif _EPOCH in row:
+        elif _EPOCH not in row:  # what your own loop has to say
+            run.facts |= row
+            phase = _phase(run, str(row.get("phase", run.phases[-1].name if run.phases else "train")))
+            phase.kept = _widths(row.get("kept")) or phase.kept
+            phase.result |= {key: value for key in ("macs", "params") if (value := real(row.get(key))) is not None}
+        else:
             name = str(row.get("phase", run.phases[-1].name if run.phases else "train"))
             phase = _phase(run, name)
             epoch = real(row[_EPOCH])
