@@ -141,26 +141,30 @@ def spread(values: Sequence[float], unit: float = 1.0, digits: int = 2) -> str:
 def row(entry: Entry) -> dict[str, Any]:
     """An entry's line of the summary table."""
     last, best = entry.values("acc_last"), entry.values("acc_best")
-    dense = {what: [p[i] for run in entry.runs for p in run.points[:1]] for what, i in (("macs", 1), ("acc", 2))}
+    dense = [run.points[0][1] for run in entry.runs if run.points and run.points[0][0] == "dense"]
+    dense_acc = [acc for run in entry.runs if (acc := run.dense_acc) is not None]
+    zeros = entry.values("zeros")
     cut = [acc for run in entry.runs for what, _, acc in run.points if what == "after the cut"]
     macs, params = entry.values("macs"), entry.values("params")
     paper = next((run.published for run in entry.runs if run.published), {})
     target, wide = real(paper.get("acc")), real(paper.get("acc_std"))
     compared = best if paper.get("which") == "best" else last
     comparable = target is not None and not any(run.remarks for run in entry.runs)
-    ratio = statistics.fmean(dense["macs"]) / statistics.fmean(macs) if macs and dense["macs"] and min(macs) else None
+    ratio = statistics.fmean(dense) / statistics.fmean(macs) if macs and dense and min(macs) > 0 else None
+    empty = statistics.fmean(zeros) / statistics.fmean(params) if zeros and params and min(params) > 0 else 0.0
     return {
         "entry": entry,
         "data": " · ".join(filter(None, (entry.task, entry.fact("arch", "model")))),
         "method": entry.fact("method"),
         "seeds": len(entry.runs),
-        "dense": spread(dense["acc"], 100) if any(len(run.points) > 1 for run in entry.runs) else UNKNOWN,
+        "dense": spread(dense_acc, 100),
         "cut": spread(cut, 100),
         "last": spread(last, 100),
         "best": spread(best, 100),
         "macs": number(statistics.fmean(macs)) if macs else UNKNOWN,
         "ratio": f"÷ {ratio:.2f}" if ratio and ratio > 1.005 else "",
         "params": number(statistics.fmean(params)) if params else UNKNOWN,
+        "zeros": f"{empty:.1%} zero" if empty >= 0.001 else "",
         "published": UNKNOWN if target is None else f"{100 * target:.2f}" + (f" ± {100 * wide:.2f}" if wide else ""),
         "difference": f"{100 * (statistics.fmean(compared) - target):+.2f}" if compared and comparable else UNKNOWN,
         "source": " ".join(str(paper[key]) for key in ("where", "which") if isinstance(paper.get(key), str)),
@@ -197,7 +201,7 @@ def sections(entries: list[Entry]) -> Iterable[dict[str, Any]]:
     yield {
         "id": "widths", "title": "Widths per layer",
         "about": "Channels left (solid) of those there were (pale), in the network's order, mean over seeds.",
-        "figures": [f for entry in entries if (f := widths(entry, ident()))],
+        "figures": sorted((f for entry in entries if (f := widths(entry, ident()))), key=lambda figure: figure.wide),
         "empty": "No run here has cut channels.",
     }  # fmt: skip
     yield {
@@ -251,7 +255,7 @@ def _scatter(
             way = points[id(run)]
             chart.line([(m, a) for _, m, a in way], f"{e.css} thin")
             for i, (what, m, a) in enumerate(way):
-                style = "end" if i == len(way) - 1 else "start" if i == 0 else "way"
+                style = "end" if i == len(way) - 1 else "start" if what == "dense" else "way"
                 tip = f"{e.name}{_seed(run)}, {what}: {number(m)} MACs, {100 * a:.2f}%"
                 chart.marker(m, a, f"{e.css} {style}", e.shape, tip, r=5 if style != "way" else 3)
     for e, (m, a) in published:
@@ -329,15 +333,16 @@ def widths(entry: Entry, ident: str) -> Figure | None:
         pairs = [run.kept[layer] for run in runs if layer in run.kept]
         mean[layer] = statistics.fmean(p[0] for p in pairs), statistics.fmean(p[1] for p in pairs), pairs
     most = max(before for _, before, _ in mean.values())
-    step = max(9, min(40, 354 // len(layers)))
+    wide = len(layers) > 27  # more do not have room for their names in half of the page
+    step = max(9, min(40, (794 if wide else 354) // len(layers)))
     left, total = sum(m[0] for m in mean.values()), sum(m[1] for m in mean.values())
     said = "; ".join(f"{layer}: {m[0]:g} of {m[1]:g}" for layer, m in mean.items())
     named = step >= 13
     names = [layer if len(layer) <= 18 else f"…{layer[-17:]}" for layer in layers]
-    below = 16 + round(5.4 * max(map(len, names))) if named else 24
+    below = 16 + round(6.3 * max(map(len, names))) if named else 24
     x = Scale(0, len(layers), "" if named else f"{len(layers)} layers, first to last", ticks=False)
     y = Scale(0, most * 1.04, "channels")
-    width = max(420, 66 + step * len(layers))
+    width = max(860 if wide else 420, 66 + step * len(layers))
     chart = Chart(
         f"Channels per layer of {entry.name}", f"{left:g} of {total:g} channels left. {said}.", x, y,
         width=width, height=190 + below, below=below,
@@ -352,7 +357,7 @@ def widths(entry: Entry, ident: str) -> Figure | None:
             turn = f"rotate(-90 {px + 3.6:.1f} {py + 8:.1f})"
             chart.add("text", "tick", text=names[i], x=px + 3.6, y=py + 8, text_anchor="end", transform=turn)
     share = f"{entry.name}: {left:.0f} of {total:.0f} channels left ({left / total:.0%})."
-    return Figure(chart.svg(ident), share, wide=chart.width > 520)
+    return Figure(chart.svg(ident), share, wide=wide)
 
 
 def importances(entry: Entry, ident: Callable[[], str]) -> Iterable[Figure]:
@@ -398,7 +403,7 @@ def ridges(entry: Entry, run: Run, histograms: list[Histogram], ident: str) -> F
         px, py = chart.at(low, base)
         chart.add("text", "tick", text=f"{moment + 1:g}", x=px - 6, y=py, text_anchor="end")
     groups = len({h.group for h in histograms})
-    caption = f"{title}: {sum(sums[moments[-1]]):.0f} channels of {groups} layers."
+    caption = f"{title}: {number(sum(sums[moments[-1]]))} scores in {groups} groups."
     return Figure(chart.svg(ident), caption)
 
 
@@ -479,6 +484,7 @@ def costs(entries: list[Entry]) -> list[dict[str, Any]]:
     longest = max((r["p80"] for r in rows), default=1.0)
     for r in rows:
         r["share"] = 100 * r["ms"] / longest
+        r |= {key: f"{r[key]:,.0f}" if r[key] >= 100 else f"{r[key]:.3g}" for key in ("ms", "p20", "p80")}
     return rows
 
 

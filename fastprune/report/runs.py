@@ -111,6 +111,14 @@ class Run:
                 widths[layer] = (now, max(before, widths.get(layer, (0, 0))[1]))
         return widths if any(now < before for now, before in widths.values()) else {}
 
+    @property
+    def dense_acc(self) -> float | None:
+        """Before anything was cut."""
+        if self.points and self.points[0][0] == "dense":
+            return self.points[0][2] if len(self.points) > 1 else None
+        first = self.phases[0].result if self.phases else {}
+        return first.get("acc_before") if self.phases and self.phases[0].name == "prune" else None
+
     def last(self, key: str) -> float | None:
         """What the last phase that knows has as its result."""
         return next((p.result[key] for p in reversed(self.phases) if key in p.result), None)
@@ -317,7 +325,8 @@ def _read_about(run: Run, about: dict[str, Any]) -> None:
     if about.get("tiny") is True:
         run.remarks.append("tiny form, for trials")
     if isinstance(changes := about.get("set"), dict) and changes:
-        run.remarks.append("changed: " + ", ".join(f"{key}={value}" for key, value in changes.items())[:200])
+        short = (f"{key}={v}" if isinstance(v, str | int | float) else str(key) for key, v in changes.items())
+        run.remarks.append(f"changed: {', '.join(short):.80}")
     run.published = about["published"] if isinstance(about.get("published"), dict) else {}
 
 
