@@ -61,8 +61,10 @@ def sdist(tmp_path_factory):
 
 
 def modules() -> set[str]:
-    """Every Python file and recipe of the package, as installed."""
-    own = {str(path.relative_to(ROOT)) for kind in ("py", "yaml") for path in ROOT.glob(f"fastprune/**/*.{kind}")}
+    """Every Python file, recipe and page of the package, as installed."""
+    own = {
+        str(path.relative_to(ROOT)) for kind in ("py", "yaml", "html") for path in ROOT.glob(f"fastprune/**/*.{kind}")
+    }
     return own | {f"fastprune/kernels/{path.name}" for path in ROOT.glob("kernels/*.py")}
 
 
