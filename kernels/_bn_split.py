@@ -7,17 +7,19 @@ import triton.language as tl
 
 from ._bn_tiles import (
     _affine,
+    _apply_planes,
+    _apply_rows,
+    _dx_planes,
+    _dx_rows,
     _dz_sums,
     _finish_stats,
     _finish_sums,
+    _join_moments,
+    _join_sums,
     _moments,
-    _normalise,
-    _planes,
     _project,
     _rstd,
-    _through_relu,
-    _tile,
-)  # fmt: skip
+)
 
 
 @triton.jit
@@ -37,24 +39,9 @@ def _sums_kernel(
     size = tl.minimum(CHUNK_S, S - s)
     count = ((n_last - n_first) * size).to(tl.float64)
     mean, m2 = _moments(
-        x_ptr,
-        n_first,
-        n_last,
-        c,
-        s,
-        size,
-        1.0 / count,
-        N,
-        C,
-        S,
-        numel,
-        VEC,
-        CHANNELS_LAST,
-        PEEL,
-        BLOCK_N,
-        BLOCK_C,
-        BLOCK_S,
-    )
+        x_ptr, n_first, n_last, c, s, size, 1.0 / count, N, C, S, numel,
+        VEC, CHANNELS_LAST, PEEL, BLOCK_N, BLOCK_C, BLOCK_S, False,
+    )  # fmt: skip
     p = tl.program_id(1) * tl.num_programs(2) + tl.program_id(2)
     stride = tl.num_programs(1) * tl.num_programs(2) * C
     out = partials_ptr + p * C + c
@@ -76,26 +63,11 @@ def _finalise_kernel(
     P, C, momentum, eps: tl.float64, inverse: tl.float64, unbiased: tl.float64,  # 1 / m, m / (m - 1), m = N * H * W
     CUMULATIVE: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """Chan's formula over P partials; reads 24 bytes each, twice."""
+    """Chan's formula over P partials."""
     c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
-    inside = (c < C)[None, :]
-    sums = tl.zeros((BLOCK_P, BLOCK_C), dtype=tl.float64)
-    for start in range(0, P, BLOCK_P):
-        p = (start + tl.arange(0, BLOCK_P))[:, None]
-        at = partials_ptr + p * C + c[None, :]
-        count = tl.load(at, mask=inside & (p < P), other=0.0)
-        sums += tl.where(count > 0.0, count * tl.load(at + P * C, mask=inside & (p < P), other=0.0), 0.0)
-    mean = tl.sum(sums, axis=0) * inverse
-    squares = tl.zeros((BLOCK_P, BLOCK_C), dtype=tl.float64)
-    for start in range(0, P, BLOCK_P):
-        p = (start + tl.arange(0, BLOCK_P))[:, None]
-        at = partials_ptr + p * C + c[None, :]
-        count = tl.load(at, mask=inside & (p < P), other=0.0)
-        d = tl.load(at + P * C, mask=inside & (p < P), other=0.0) - mean[None, :]
-        m2 = tl.load(at + 2 * P * C, mask=inside & (p < P), other=0.0)
-        squares += tl.where(count > 0.0, m2 + count * d * d, 0.0)
+    mean, m2 = _join_moments(partials_ptr + c, c < C, P, C, P * C, inverse, BLOCK_P, BLOCK_C)
     _finish_stats(
-        c, c < C, mean, tl.sum(squares, axis=0) * inverse, unbiased, stats_ptr, running_mean_ptr, running_var_ptr,
+        c, c < C, mean, m2 * inverse, unbiased, stats_ptr, running_mean_ptr, running_var_ptr,
         tracked_ptr, momentum, eps, C, CUMULATIVE,
     )  # fmt: skip
 
@@ -130,17 +102,8 @@ def _apply_kernel(
         rstd = tl.load(stats_ptr + C + c, mask=inside, other=0.0)
     s, b = _affine(weight_ptr, bias_ptr, c, inside, SIGMOID)
     s *= rstd
-    for r in range(chunk * CHUNK_R, tl.minimum((chunk + 1) * CHUNK_R, R), BLOCK_R):
-        rows = (r + tl.arange(0, BLOCK_R))[:, None]
-        live = (rows < R) & inside[None, :]
-        offset = rows.to(tl.int64) * (K // VEC) * VEC + k[None, :]
-        x = tl.load(x_ptr + offset, mask=live, other=0.0).to(tl.float32)
-        z = _normalise(x, mean[None, :], s[None, :], b[None, :])
-        if residual_ptr is not None:
-            z += tl.load(residual_ptr + offset, mask=live, other=0.0).to(tl.float32)
-        if RELU:
-            z = tl.where(z <= 0.0, 0.0, z)  # keeps nan, as torch.relu does
-        tl.store(y_ptr + offset, z, mask=live)
+    r, r_last = chunk * CHUNK_R, tl.minimum((chunk + 1) * CHUNK_R, R)
+    _apply_rows(x_ptr, residual_ptr, y_ptr, r, r_last, k, inside, mean, s, b, K, RELU, VEC, BLOCK_R, "")
 
 
 @triton.jit
@@ -159,8 +122,9 @@ def _fused_kernel(
     n_last = tl.program_id(1) + CHUNK_N  # one chunk; program_id keeps the launcher's 1s from being constants here
     size = tl.program_id(2) + CHUNK_S
     mean64, m2 = _moments(
-        x_ptr, 0, n_last, c, 0, size, inverse, N, C, S, numel, VEC, CHANNELS_LAST, PEEL, BLOCK_N, BLOCK_C, BLOCK_S
-    )
+        x_ptr, 0, n_last, c, 0, size, inverse, N, C, S, numel, VEC, CHANNELS_LAST, PEEL, BLOCK_N, BLOCK_C,
+        BLOCK_S, False,
+    )  # fmt: skip
     mean, rstd = _finish_stats(
         c, c < C, mean64, m2 * inverse, unbiased, stats_ptr, running_mean_ptr, running_var_ptr, tracked_ptr,
         momentum, eps, C, False,
@@ -169,19 +133,10 @@ def _fused_kernel(
         if tl.program_id(0) == 0:
             tl.store(tracked_ptr, tl.load(tracked_ptr) + 1)
     s, b = _affine(weight_ptr, bias_ptr, c, c < C, SIGMOID)
-    mean, s, b = mean[None, :, None], (s * rstd)[None, :, None], b[None, :, None]
-    steps = tl.arange(0, BLOCK_S)[None, None, :]
-    for n_start in range(0, n_last, BLOCK_N):
-        base, first, last, read, exists = _planes(n_start, n_last, c, 0, size, C, S, numel, VEC, CHANNELS_LAST, BLOCK_N)
-        for start in range(0, size + (VEC - 1 if PEEL else 0), BLOCK_S):
-            offset, readable, live = _tile(base, first, last, read, exists, start + steps, C, VEC, CHANNELS_LAST, PEEL)
-            x = tl.load(x_ptr + offset, mask=readable, other=0.0).to(tl.float32)
-            z = _normalise(x, mean, s, b)
-            if residual_ptr is not None:
-                z += tl.load(residual_ptr + offset, mask=readable, other=0.0).to(tl.float32)
-            if RELU:
-                z = tl.where(z <= 0.0, 0.0, z)
-            tl.store(y_ptr + offset, z, mask=live)
+    _apply_planes(
+        x_ptr, residual_ptr, y_ptr, 0, n_last, c, 0, size, mean, s * rstd, b, C, S, numel,
+        RELU, VEC, CHANNELS_LAST, PEEL, BLOCK_N, BLOCK_C, BLOCK_S, "",
+    )  # fmt: skip
 
 
 @triton.jit
@@ -220,7 +175,7 @@ def _bwd_sums_kernel(
     dz, dot = _dz_sums(
         dy_ptr, x_ptr, y_ptr, dresidual_ptr, gate_grad_ptr, gate_abs_ptr, out_grad_ptr, out_abs_ptr, gate_stride,
         n_first, n_last, c, s, size, mean, rstd, scale, bias,
-        C, S, numel, RELU, GATES, VEC, CHANNELS_LAST, PEEL, BLOCK_N, BLOCK_C, BLOCK_S,
+        C, S, numel, RELU, GATES, VEC, CHANNELS_LAST, PEEL, BLOCK_N, BLOCK_C, BLOCK_S, False,
     )  # fmt: skip
     p = tl.program_id(1) * tl.num_programs(2) + tl.program_id(2)
     out = partials_ptr + p * C + c
@@ -239,15 +194,7 @@ def _bwd_finalise_kernel(
 ):  # fmt: skip
     """Reads 8 bytes per partial."""
     c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
-    sum_dz = tl.zeros((BLOCK_P, BLOCK_C), dtype=tl.float64)
-    sum_dot = tl.zeros((BLOCK_P, BLOCK_C), dtype=tl.float64)
-    for start in range(0, P, BLOCK_P):
-        p = (start + tl.arange(0, BLOCK_P))[:, None]
-        at = partials_ptr + p * C + c[None, :]
-        live = (p < P) & (c < C)[None, :]
-        sum_dz += tl.load(at, mask=live, other=0.0).to(tl.float64)
-        sum_dot += tl.load(at + P * C, mask=live, other=0.0).to(tl.float64)
-    dz, dot = tl.sum(sum_dz, axis=0), tl.sum(sum_dot, axis=0)
+    dz, dot = _join_sums(partials_ptr + c, c < C, P, C, P * C, BLOCK_P, BLOCK_C)
     rstd = tl.load(stats_ptr + C + c, mask=c < C, other=0.0)
     _finish_sums(c, c < C, dz, dot, rstd, weight_ptr, dweight_ptr, dbias_ptr, SIGMOID)
     mean_dz, slope = _project(dz, dot, rstd, inverse)
@@ -274,20 +221,15 @@ def _bwd_apply_kernel(
     mean = tl.load(stats_ptr + c, mask=inside, other=0.0)
     rstd = tl.load(stats_ptr + C + c, mask=inside, other=0.0)
     s, b = _affine(weight_ptr, bias_ptr, c, inside, SIGMOID)
-    mean, s, b = mean[None, :], (s * rstd)[None, :], b[None, :]
+    mean_dz, slope = mean, mean  # not used in eval
     if projection_ptr is not None:
-        mean_dz = tl.load(projection_ptr + c, mask=inside, other=0.0)[None, :]
-        slope = tl.load(projection_ptr + C + c, mask=inside, other=0.0)[None, :]
-    for r in range(chunk * CHUNK_R, tl.minimum((chunk + 1) * CHUNK_R, R), BLOCK_R):
-        rows = (r + tl.arange(0, BLOCK_R))[:, None]
-        live = (rows < R) & inside[None, :]
-        offset = rows.to(tl.int64) * (K // VEC) * VEC + k[None, :]
-        x = tl.load(x_ptr + offset, mask=live, other=0.0).to(tl.float32)
-        dy = tl.load(dy_ptr + offset, mask=live, other=0.0).to(tl.float32)
-        dx, _ = _through_relu(dy, x, y_ptr, offset, live, mean, s, b, RELU)
-        if projection_ptr is not None:
-            dx = dx - mean_dz - (x - mean) * slope
-        tl.store(dx_ptr + offset, dx * s, mask=live)
+        mean_dz = tl.load(projection_ptr + c, mask=inside, other=0.0)
+        slope = tl.load(projection_ptr + C + c, mask=inside, other=0.0)
+    r, r_last = chunk * CHUNK_R, tl.minimum((chunk + 1) * CHUNK_R, R)
+    _dx_rows(
+        dy_ptr, x_ptr, y_ptr, dx_ptr, None, r, r_last, k, inside, mean, s * rstd, b, mean_dz, slope, K,
+        projection_ptr is not None, RELU, VEC, BLOCK_R, "",
+    )  # fmt: skip
 
 
 @triton.jit
@@ -311,24 +253,13 @@ def _bwd_fused_kernel(
     dz, dot = _dz_sums(
         dy_ptr, x_ptr, y_ptr, dresidual_ptr, gate_grad_ptr, gate_abs_ptr, out_grad_ptr, out_abs_ptr, gate_stride,
         0, n_last, c, 0, size, mean, rstd, scale, bias,
-        C, S, numel, RELU, GATES, VEC, CHANNELS_LAST, PEEL, BLOCK_N, BLOCK_C, BLOCK_S,
+        C, S, numel, RELU, GATES, VEC, CHANNELS_LAST, PEEL, BLOCK_N, BLOCK_C, BLOCK_S, False,
     )  # fmt: skip
     dz, dot = dz.to(tl.float64), dot.to(tl.float64)
     _finish_sums(c, c < C, dz, dot, rstd, weight_ptr, dweight_ptr, dbias_ptr, SIGMOID)
     if dx_ptr is not None:
         mean_dz, slope = _project(dz, dot, rstd, inverse)
-        mean, s, b = mean[None, :, None], (scale * rstd)[None, :, None], bias[None, :, None]
-        steps = tl.arange(0, BLOCK_S)[None, None, :]
-        for n_start in range(0, n_last, BLOCK_N):
-            base, first, last, read, exists = _planes(
-                n_start, n_last, c, 0, size, C, S, numel, VEC, CHANNELS_LAST, BLOCK_N
-            )
-            for start in range(0, size + (VEC - 1 if PEEL else 0), BLOCK_S):
-                k = start + steps
-                offset, readable, live = _tile(base, first, last, read, exists, k, C, VEC, CHANNELS_LAST, PEEL)
-                x = tl.load(x_ptr + offset, mask=readable, other=0.0).to(tl.float32)
-                dy = tl.load(dy_ptr + offset, mask=readable, other=0.0).to(tl.float32)
-                dx, _ = _through_relu(dy, x, y_ptr, offset, readable, mean, s, b, RELU)
-                if TRAINING:
-                    dx = dx - mean_dz[None, :, None] - (x - mean) * slope[None, :, None]
-                tl.store(dx_ptr + offset, dx * s, mask=live)
+        _dx_planes(
+            dy_ptr, x_ptr, y_ptr, dx_ptr, 0, n_last, c, 0, size, mean, scale * rstd, bias, mean_dz, slope,
+            C, S, numel, TRAINING, RELU, VEC, CHANNELS_LAST, PEEL, BLOCK_N, BLOCK_C, BLOCK_S, "",
+        )  # fmt: skip

@@ -83,13 +83,17 @@ def _moments(
     inverse,
     N, C, S, numel,
     VEC: tl.constexpr, CHANNELS_LAST: tl.constexpr, PEEL: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr, AGAIN: tl.constexpr,
 ):  # fmt: skip
-    """Mean and sum of squared deviations of a chunk, (BLOCK_C,) float64; inverse is 1 / its elements per channel."""
+    """Mean and sum of squared deviations of a chunk, (BLOCK_C,) float64; inverse is 1 / its elements per channel.
+
+    AGAIN: x is read once more by this launch, and should stay in L2.
+    """
+    KEEP: tl.constexpr = "evict_last" if AGAIN else ""
     steps = tl.arange(0, BLOCK_S)[None, None, :]
     base, first, last, read, exists = _planes(n_first, n_last, c, s, size, C, S, numel, VEC, CHANNELS_LAST, BLOCK_N)
     offset, readable, live = _tile(base, first, last, read, exists, steps, C, VEC, CHANNELS_LAST, PEEL)
-    x = tl.load(x_ptr + offset, mask=readable, other=0.0).to(tl.float32)
+    x = tl.load(x_ptr + offset, mask=readable, other=0.0, eviction_policy=KEEP).to(tl.float32)
     k = _sum_ns(tl.where(live, x, 0.0)) / tl.maximum(_sum_ns(live.to(tl.float32)), 1.0)
     k = tl.where(tl.abs(k) < float("inf"), k, 0.0)  # inf must reach the mean as inf: inf - inf would make it nan
     shift = k[None, :, None]
@@ -100,7 +104,7 @@ def _moments(
         base, first, last, read, exists = _planes(n_start, n_last, c, s, size, C, S, numel, VEC, CHANNELS_LAST, BLOCK_N)
         for start in range(0, size + (VEC - 1 if PEEL else 0), BLOCK_S):
             offset, readable, live = _tile(base, first, last, read, exists, start + steps, C, VEC, CHANNELS_LAST, PEEL)
-            x = tl.load(x_ptr + offset, mask=readable, other=0.0).to(tl.float32)
+            x = tl.load(x_ptr + offset, mask=readable, other=0.0, eviction_policy=KEEP).to(tl.float32)
             d = tl.where(live, x - shift, 0.0)
             sums += d
             squares += d * d
@@ -152,9 +156,14 @@ def _dz_sums(
     n_first, n_last, c, s, size, mean, rstd, scale, bias,
     C, S, numel, RELU: tl.constexpr, GATES: tl.constexpr,
     VEC: tl.constexpr, CHANNELS_LAST: tl.constexpr, PEEL: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr, AGAIN: tl.constexpr,
 ):  # fmt: skip
-    """Sums of dz and dz * (x - mean) over a chunk, (BLOCK_C,) float32; writes dresidual and gate sums if asked."""
+    """Sums of dz and dz * (x - mean) over a chunk, (BLOCK_C,) float32; writes dresidual and gate sums if asked.
+
+    AGAIN: x, and dresidual or else dy, are read once more by this launch, and should stay in L2.
+    """
+    KEEP: tl.constexpr = "evict_last" if AGAIN else ""
+    KEEP_DY: tl.constexpr = ("evict_last" if dresidual_ptr is None else "evict_first") if AGAIN else ""
     steps = tl.arange(0, BLOCK_S)[None, None, :]
     factor = (scale * rstd)[None, :, None]
     sum_dz = tl.zeros((BLOCK_N, BLOCK_C, BLOCK_S), dtype=tl.float32)
@@ -171,13 +180,13 @@ def _dz_sums(
         sum_out_abs = tl.zeros((BLOCK_N, BLOCK_C, BLOCK_S), dtype=tl.float32)
         for start in range(0, size + (VEC - 1 if PEEL else 0), BLOCK_S):
             offset, readable, live = _tile(base, first, last, read, exists, start + steps, C, VEC, CHANNELS_LAST, PEEL)
-            x = tl.load(x_ptr + offset, mask=readable, other=0.0).to(tl.float32)
-            dy = tl.load(dy_ptr + offset, mask=readable, other=0.0).to(tl.float32)
+            x = tl.load(x_ptr + offset, mask=readable, other=0.0, eviction_policy=KEEP).to(tl.float32)
+            dy = tl.load(dy_ptr + offset, mask=readable, other=0.0, eviction_policy=KEEP_DY).to(tl.float32)
             dz, y = _through_relu(
                 dy, x, y_ptr, offset, readable, mean[None, :, None], factor, bias[None, :, None], RELU
             )
             if dresidual_ptr is not None:
-                tl.store(dresidual_ptr + offset, dz, mask=live)
+                tl.store(dresidual_ptr + offset, dz, mask=live, eviction_policy=KEEP)
             sum_dz += tl.where(live, dz, 0.0)
             sum_dot += tl.where(live, dz * (x - mean[None, :, None]), 0.0)
             if gate_abs_ptr is not None:
@@ -230,3 +239,149 @@ def _project(dz, dot, rstd, inverse):
     """The two coefficients of dx in training: sum(dz) / m and rstd^2 * sum(dz * (x - mean)) / m, float32."""
     rstd = rstd.to(tl.float64)
     return (dz * inverse).to(tl.float32), (dot * rstd * rstd * inverse).to(tl.float32)
+
+
+# ---- partial sums of a channel, joined in float64
+
+
+@triton.jit
+def _join_moments(at_ptr, inside, P, row, plane, inverse, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr):
+    """Chan's formula over P partials: mean and sum of squared deviations, (BLOCK_C,) float64.
+
+    Counts are at at_ptr + p * row, means and squared deviations one and two planes further; reads 24 bytes each, twice.
+    """
+    inside = inside[None, :]
+    sums = tl.zeros((BLOCK_P, BLOCK_C), dtype=tl.float64)
+    for start in range(0, P, BLOCK_P):
+        p = (start + tl.arange(0, BLOCK_P))[:, None]
+        at = at_ptr[None, :] + p * row
+        count = tl.load(at, mask=inside & (p < P), other=0.0, cache_modifier=".cg")
+        part = tl.load(at + plane, mask=inside & (p < P), other=0.0, cache_modifier=".cg")
+        sums += tl.where(count > 0.0, count * part, 0.0)
+    mean = tl.sum(sums, axis=0) * inverse
+    squares = tl.zeros((BLOCK_P, BLOCK_C), dtype=tl.float64)
+    for start in range(0, P, BLOCK_P):
+        p = (start + tl.arange(0, BLOCK_P))[:, None]
+        at = at_ptr[None, :] + p * row
+        count = tl.load(at, mask=inside & (p < P), other=0.0, cache_modifier=".cg")
+        d = tl.load(at + plane, mask=inside & (p < P), other=0.0, cache_modifier=".cg") - mean[None, :]
+        m2 = tl.load(at + 2 * plane, mask=inside & (p < P), other=0.0, cache_modifier=".cg")
+        squares += tl.where(count > 0.0, m2 + count * d * d, 0.0)
+    return mean, tl.sum(squares, axis=0)
+
+
+@triton.jit
+def _join_sums(at_ptr, inside, P, row, plane, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr):
+    """Sums of dz and, one plane further, dz * (x - mean) over P partials, (BLOCK_C,) float64; reads 8 bytes each."""
+    sum_dz = tl.zeros((BLOCK_P, BLOCK_C), dtype=tl.float64)
+    sum_dot = tl.zeros((BLOCK_P, BLOCK_C), dtype=tl.float64)
+    for start in range(0, P, BLOCK_P):
+        p = (start + tl.arange(0, BLOCK_P))[:, None]
+        at = at_ptr[None, :] + p * row
+        live = (p < P) & inside[None, :]
+        sum_dz += tl.load(at, mask=live, other=0.0, cache_modifier=".cg").to(tl.float64)
+        sum_dot += tl.load(at + plane, mask=live, other=0.0, cache_modifier=".cg").to(tl.float64)
+    return tl.sum(sum_dz, axis=0), tl.sum(sum_dot, axis=0)
+
+
+# ---- elementwise passes, over planes as the sums are made, or over rows of the matrix (N, C * S)
+
+
+@triton.jit
+def _y_of(x_ptr, residual_ptr, offset, live, mean, scale, bias, RELU: tl.constexpr, LAST: tl.constexpr):
+    x = tl.load(x_ptr + offset, mask=live, other=0.0, eviction_policy=LAST).to(tl.float32)
+    z = _normalise(x, mean, scale, bias)
+    if residual_ptr is not None:
+        z += tl.load(residual_ptr + offset, mask=live, other=0.0, eviction_policy=LAST).to(tl.float32)
+    if RELU:
+        z = tl.where(z <= 0.0, 0.0, z)  # keeps nan, as torch.relu does
+    return z
+
+
+@triton.jit
+def _apply_planes(
+    x_ptr, residual_ptr, y_ptr, n_first, n_last, c, s, size, mean, scale, bias,  # mean, scale, bias (BLOCK_C,)
+    C, S, numel, RELU: tl.constexpr, VEC: tl.constexpr, CHANNELS_LAST: tl.constexpr, PEEL: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr, LAST: tl.constexpr,
+):  # fmt: skip
+    """y of planes n_first .. n_last, elements s .. s + size, backwards: what was read last is read first."""
+    mean, scale, bias = mean[None, :, None], scale[None, :, None], bias[None, :, None]
+    steps = tl.arange(0, BLOCK_S)[None, None, :]
+    tiles_s = tl.cdiv(size + (VEC - 1 if PEEL else 0), BLOCK_S)
+    for i in range(tl.cdiv(n_last - n_first, BLOCK_N)):
+        n = n_first + (tl.cdiv(n_last - n_first, BLOCK_N) - 1 - i) * BLOCK_N
+        base, first, last, read, exists = _planes(n, n_last, c, s, size, C, S, numel, VEC, CHANNELS_LAST, BLOCK_N)
+        for j in range(tiles_s):
+            k = (tiles_s - 1 - j) * BLOCK_S + steps
+            offset, readable, live = _tile(base, first, last, read, exists, k, C, VEC, CHANNELS_LAST, PEEL)
+            z = _y_of(x_ptr, residual_ptr, offset, readable, mean, scale, bias, RELU, LAST)
+            tl.store(y_ptr + offset, z, mask=live, eviction_policy=LAST)
+
+
+@triton.jit
+def _apply_rows(
+    x_ptr, residual_ptr, y_ptr, r_first, r_last, k, inside, mean, scale, bias,  # all of the columns k, (BLOCK_K,)
+    K, RELU: tl.constexpr, VEC: tl.constexpr, BLOCK_R: tl.constexpr, LAST: tl.constexpr,
+):  # fmt: skip
+    """y of rows r_first .. r_last."""
+    mean, scale, bias = mean[None, :], scale[None, :], bias[None, :]
+    for r in range(r_first, r_last, BLOCK_R):
+        rows = (r + tl.arange(0, BLOCK_R))[:, None]
+        live = (rows < r_last) & inside[None, :]
+        offset = rows.to(tl.int64) * (K // VEC) * VEC + k[None, :]
+        z = _y_of(x_ptr, residual_ptr, offset, live, mean, scale, bias, RELU, LAST)
+        tl.store(y_ptr + offset, z, mask=live, eviction_policy=LAST)
+
+
+@triton.jit
+def _dx_of(
+    dy_ptr, x_ptr, y_ptr, dz_ptr, offset, live, mean, scale, bias, mean_dz, slope,
+    TRAINING: tl.constexpr, RELU: tl.constexpr, LAST: tl.constexpr,
+):  # fmt: skip
+    x = tl.load(x_ptr + offset, mask=live, other=0.0, eviction_policy=LAST).to(tl.float32)
+    dy = tl.load(dy_ptr + offset, mask=live, other=0.0, eviction_policy=LAST).to(tl.float32)
+    dx, _ = _through_relu(dy, x, y_ptr, offset, live, mean, scale, bias, RELU)
+    if dz_ptr is not None:
+        tl.store(dz_ptr + offset, dx, mask=live, eviction_policy=LAST)
+    if TRAINING:
+        dx = dx - mean_dz - (x - mean) * slope
+    return dx * scale
+
+
+@triton.jit
+def _dx_planes(
+    dy_ptr, x_ptr, y_ptr, dx_ptr, n_first, n_last, c, s, size, mean, scale, bias, mean_dz, slope,  # (BLOCK_C,)
+    C, S, numel, TRAINING: tl.constexpr, RELU: tl.constexpr,
+    VEC: tl.constexpr, CHANNELS_LAST: tl.constexpr, PEEL: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr, LAST: tl.constexpr,
+):  # fmt: skip
+    """dx of planes n_first .. n_last, elements s .. s + size, backwards."""
+    mean, scale, bias = mean[None, :, None], scale[None, :, None], bias[None, :, None]
+    mean_dz, slope = mean_dz[None, :, None], slope[None, :, None]
+    steps = tl.arange(0, BLOCK_S)[None, None, :]
+    tiles_s = tl.cdiv(size + (VEC - 1 if PEEL else 0), BLOCK_S)
+    for i in range(tl.cdiv(n_last - n_first, BLOCK_N)):
+        n = n_first + (tl.cdiv(n_last - n_first, BLOCK_N) - 1 - i) * BLOCK_N
+        base, first, last, read, exists = _planes(n, n_last, c, s, size, C, S, numel, VEC, CHANNELS_LAST, BLOCK_N)
+        for j in range(tiles_s):
+            k = (tiles_s - 1 - j) * BLOCK_S + steps
+            offset, readable, live = _tile(base, first, last, read, exists, k, C, VEC, CHANNELS_LAST, PEEL)
+            dx = _dx_of(
+                dy_ptr, x_ptr, y_ptr, None, offset, readable, mean, scale, bias, mean_dz, slope, TRAINING, RELU, LAST
+            )
+            tl.store(dx_ptr + offset, dx, mask=live, eviction_policy=LAST)
+
+
+@triton.jit
+def _dx_rows(
+    dy_ptr, x_ptr, y_ptr, dx_ptr, dz_ptr, r_first, r_last, k, inside, mean, scale, bias, mean_dz, slope,  # (BLOCK_K,)
+    K, TRAINING: tl.constexpr, RELU: tl.constexpr, VEC: tl.constexpr, BLOCK_R: tl.constexpr, LAST: tl.constexpr,
+):  # fmt: skip
+    """dx of rows r_first .. r_last; and dz, dy after the ReLU, if there is somewhere to put it."""
+    mean, scale, bias, mean_dz, slope = mean[None, :], scale[None, :], bias[None, :], mean_dz[None, :], slope[None, :]
+    for r in range(r_first, r_last, BLOCK_R):
+        rows = (r + tl.arange(0, BLOCK_R))[:, None]
+        live = (rows < r_last) & inside[None, :]
+        offset = rows.to(tl.int64) * (K // VEC) * VEC + k[None, :]
+        dx = _dx_of(dy_ptr, x_ptr, y_ptr, dz_ptr, offset, live, mean, scale, bias, mean_dz, slope, TRAINING, RELU, LAST)
+        tl.store(dx_ptr + offset, dx, mask=live, eviction_policy=LAST)

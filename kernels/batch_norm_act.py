@@ -1,10 +1,14 @@
 """Batch norm with scale ``w`` or ``sigmoid(w)``, residual add and ReLU: forward and backward.
 
-A small layer takes one launch per direction (a program owns its channels from sums to output), a large one three:
+Three paths, chosen by :func:`fastprune.kernels._bn_geometry.choose`:
 
-    sums       partial sums, split so that few large planes and many small ones both fill the GPU
-    finalise   partials -> statistics and running statistics | dweight, dbias and two coefficients per channel
-    apply      one elementwise pass
+    one launch      small layers: a program owns its channels from sums to output
+    slabs           large layers, one launch too: teams of programs work slab by slab of channels, each small enough to
+                    stay in L2 between its sums and its output (_bn_slab.py)
+    three launches  where no slab of whole channels fits L2 (_bn_split.py)
+        sums        partial sums, split so that few large planes and many small ones both fill the GPU
+        finalise    partials -> statistics and running statistics | dweight, dbias and two coefficients per channel
+        apply       one elementwise pass
 
 Both layouts go through the same kernels, in two views of x:
 
@@ -12,15 +16,24 @@ Both layouts go through the same kernels, in two views of x:
                vector before it and the foreign elements are dropped after the load: 16-byte loads for any C and S.
     apply      a matrix whose columns repeat the channels, (N, C * S) for NCHW, (N * S, C) for channels_last: what
                belongs to a column is loaded once and reused down the rows.  Rows are joined until vectors fit.
+               One launch and slabs apply over planes, slabs over the matrix where planes lie off the vectors.
 
 Each program sums ``x - k`` and ``(x - k)^2`` with k the mean of its first tile.  That tile alone adds ``tile * (k -
 mean)^2`` to the sum of squares, so what cancels is at most the number of tiles of a program, whatever the data.
-Partials are joined by Chan's formula in float64.  No atomics, fixed chunks: two runs agree bit for bit.
+Partials are joined by Chan's formula in float64.  No atomics in sums, fixed chunks: two runs agree bit for bit (the
+chunks of slabs depend on the GPU's multiprocessors and L2).
 
-Traffic, in passes over a tensor of x's size (a second read may come from L2): forward in training reads 2 and writes 1,
-in eval reads 1 and writes 1; a residual adds one read.  Backward reads 4 (dy and x twice) and writes 1; with a residual
-it reads 5 (y once, then dresidual in place of dy) and writes 2.  A gate sum writes 4 bytes per plane; sums of dy * y
-find y read already, or without a ReLU read it once.
+Traffic in bytes per element of x, for items of b bytes (:func:`traffic` has it per call):
+
+    ==============  ==========================  =====================================================
+    path            forward: training, + add    backward: training, + add (a residual and a ReLU)
+    ==============  ==========================  =====================================================
+    one, slabs      2 b (x, y), 3 b             3 b (dy, x, dx), 5 b (dy, x, y, dx, dresidual)
+    three launches  3 b (x twice), 4 b          5 b (dy and x twice), 7 b (x and dresidual once more)
+    ==============  ==========================  =====================================================
+
+In eval the forward moves 2 b, with a residual 3 b.  A gate sum writes 4 bytes per plane; sums of dy * y find y read
+already, or without a ReLU read it once.
 """
 
 from __future__ import annotations
@@ -29,7 +42,20 @@ import torch
 import triton
 from torch import Tensor
 
-from ._bn_geometry import _fused, _matrix, _split, finalise_config
+from ._bn_geometry import (
+    INTERPRETER,
+    SLAB_SHARE,
+    Device,
+    Slab,
+    _fused,
+    _matrix,
+    _split,
+    choose,
+    device_of,
+    finalise_config,
+    slab_plan,
+)
+from ._bn_slab import COUNTER_STRIDE, _bwd_slab_kernel, _slab_kernel
 from ._bn_split import (
     _apply_kernel,
     _bwd_apply_kernel,
@@ -53,6 +79,12 @@ def _sizes(op: str, x: Tensor) -> tuple[int, int, int, bool]:
     if x.is_contiguous(memory_format=torch.channels_last):
         return N, C, S, True
     raise ValueError(f"{op}: expected x contiguous or channels_last, got strides {x.stride()}; call .contiguous()")
+
+
+def _team(slab: Slab, x: Tensor) -> tuple:
+    """Arguments of a slab kernel: its counters, sizes and teams."""
+    counters = x.new_zeros((slab.blocks, COUNTER_STRIDE), dtype=torch.int32)  # a launch of its own, without a sync
+    return counters, *slab.sizes, slab.teams, slab.parts_n, slab.parts_s
 
 
 def _gate_buffers(gates: tuple, parts: int, N: int, repeat: int, C: int) -> tuple[tuple, int]:
@@ -103,10 +135,20 @@ def batch_norm_act(
                 x, residual, y, weight, bias, stats, running_mean, running_var, *sizes, eps, sigmoid, relu, **cfg
             )
             return y, stats, mask
-        # Cumulative averages need the count before any program writes it, hence two launches.
-        fused = None if cumulative else _fused(N, C, S, channels_last, size, False)
-        if fused:
-            grid, sizes, cfg = fused
+        # Cumulative averages need the count before any program writes it, hence more than one launch.
+        path = choose(N, C, S, channels_last, size, "forward", device_of(x), cumulative=cumulative)
+        if isinstance(path, Slab):
+            if cumulative:
+                num_batches_tracked.add_(1)
+            partials = x.new_empty((path.blocks, 3, path.members, path.config["BLOCK_C"]), dtype=torch.float64)
+            _slab_kernel[(path.programs,)](
+                x, residual, y, weight, bias, running_mean, running_var, num_batches_tracked, stats, partials,
+                *_team(path, x), momentum, eps, *divisors, sigmoid, relu, cumulative, COUNTER_STRIDE, **path.config,
+                launch_cooperative_grid=True,
+            )  # fmt: skip
+            return y, stats, mask
+        if path == "one launch":
+            grid, sizes, cfg = _fused(N, C, S, channels_last, size, False)
             _fused_kernel[grid](
                 x, residual, y, weight, bias, running_mean, running_var, num_batches_tracked, stats, *sizes,
                 momentum, eps, *divisors, sigmoid, relu, **cfg,
@@ -167,9 +209,22 @@ def batch_norm_act_backward(
     dz = dresidual if need_dresidual else None
     per_sample = any(t is not None for t in gates)
     with torch.cuda.device_of(x):
-        fused = _fused(N, C, S, channels_last, size, per_sample)
-        if fused:
-            grid, sizes, cfg = fused
+        path = choose(
+            N, C, S, channels_last, size, "gates" if per_sample else "backward", device_of(x),
+            judged_by_y=relu and y is not None, add=need_dresidual, need_dx=need_dx,
+        )  # fmt: skip
+        if isinstance(path, Slab):
+            sums, stride = _gate_buffers(gates, path.parts_s, N, 1, C)
+            partials = x.new_empty((path.blocks, 2, path.members, path.config["BLOCK_C"]), dtype=torch.float32)
+            _bwd_slab_kernel[(path.programs,)](
+                dy, x, y, dx, dz, weight, bias, stats, dweight_or_none, dbias_or_none, *sums, stride,
+                x.new_empty((2, C), dtype=torch.float32), partials, *_team(path, x), 1 / (N * S),
+                training, sigmoid, relu, per_sample, COUNTER_STRIDE, **path.config, launch_cooperative_grid=True,
+            )  # fmt: skip
+            _join_parts(sums, gates)
+            return dx, dweight, dbias, dresidual
+        if path == "one launch":
+            grid, sizes, cfg = _fused(N, C, S, channels_last, size, per_sample)
             sums, stride = _gate_buffers(gates, 1, N, 1, C)
             _bwd_fused_kernel[grid](
                 dy, x, y, dx if need_dx else None, dz, weight, bias, stats, dweight_or_none, dbias_or_none, *sums,
@@ -211,48 +266,55 @@ WHATS = {  # a call in training: tensors of x's size (read once | read again by 
 }
 
 
-def traffic(shape: tuple[int, int, int, int], channels_last: bool, itemsize: int, what: str) -> dict:
+def traffic(
+    shape: tuple[int, int, int, int], channels_last: bool, itemsize: int, what: str, device: Device | None = None
+) -> dict:
     """Bytes that a call moves between the GPU's memory and its L2 cache, and the path that it takes.
 
     Tensors of the size of x are counted; parameters, statistics and partial sums are far below one percent of them.
-    What one launch reads again comes from L1 or L2 and is not counted.
+    A second read is counted where it goes to memory: in three launches, unless all that they read twice is small
+    enough to stay in L2 (the share of it that slabs count on).
 
     Args:
         shape: Of x, (N, C, H, W).
         channels_last: Memory format of x.
         itemsize: Bytes of an element of x.
         what: ``"bn"``, ``"relu"``, ``"add"`` (residual, then ReLU), in training; ``"eval"`` (inference, forward only).
+        device: Of the GPU; by default of the one in use, and without one a device that has no slabs.
 
     Returns: ``{"forward": bytes, "backward": bytes, "path": {"forward": name, "backward": name}}``; the names are
-        "one launch", "three launches" and, for what needs no sums, "elementwise"; None for no backward.
+        "one launch", "slabs", "three launches" and, for what needs no sums, "elementwise"; None for no backward.
     """
     if what != "eval" and what not in WHATS:
         raise ValueError(f"traffic: expected what to be one of {', '.join((*WHATS, 'eval'))}, got {what!r}")
+    if device is None:
+        device = device_of(torch.empty(0, device="cuda")) if torch.cuda.is_available() else INTERPRETER
     N, C, H, W = shape
     tensor = N * C * H * W * itemsize
     if what == "eval":
         return {"forward": 2 * tensor, "backward": 0, "path": {"forward": "elementwise", "backward": None}}
-    path = "one launch" if _fused(N, C, H * W, channels_last or H * W == 1, itemsize, False) else "three launches"
-    counts = [
-        len(first) + len(written) + (len(again) if path == "three launches" else 0)
-        for first, again, written in WHATS[what]
-    ]
-    return {
-        "forward": counts[0] * tensor, "backward": counts[1] * tensor, "path": {"forward": path, "backward": path},
-    }  # fmt: skip
+    moved, paths = {}, {}
+    add = {"judged_by_y": True, "add": True} if what == "add" else {}
+    for direction, (first, again, written) in zip(("forward", "backward"), WHATS[what], strict=True):
+        path = choose(N, C, H * W, channels_last or H * W == 1, itemsize, direction, device, **add)
+        paths[direction] = "slabs" if isinstance(path, Slab) else path
+        twice = path == "three launches" and len(again) * tensor > device.l2_bytes * SLAB_SHARE
+        moved[direction] = (len(first) + len(written) + len(again) * twice) * tensor
+    return {**moved, "path": paths}
 
 
 # ---- what scripts/aot_check.py compiles
 
 AOT_DTYPES = ("bf16", "fp16", "fp32")
 AOT_LIMITS = {"_bwd_sums_kernel": {"registers": 248}, "_bwd_fused_kernel": {"registers": 160}}  # with all four gates
+AOT_DEVICE = Device(processors=132, l2_bytes=60 << 20)  # an H200's slabs
 
 
 def aot(dtype: str) -> list[tuple]:
     """Kernels, argument types and configurations at layers of ResNet-50 (56 x 56, 7 x 7), in both layouts."""
     size = 4 if dtype == "fp32" else 2
     x, param, f64 = f"*{dtype}:16", "*fp32:16", "*fp64:16"
-    ints = ("N", "C", "S", "R", "K", "P", "numel", "CHUNK_N", "CHUNK_S", "CHUNK_R")
+    ints = ("N", "C", "S", "R", "K", "P", "numel", "CHUNK_N", "CHUNK_S", "CHUNK_R", "TEAMS", "PARTS_N", "PARTS_S")
     args = {
         **dict.fromkeys(ints, "i32"), **dict.fromkeys(("eps", "inverse", "unbiased"), "fp64"),
         "momentum": "fp32", "tracked_ptr": "*i64:16",
@@ -296,6 +358,26 @@ def aot(dtype: str) -> list[tuple]:
         add(f"{label} add", _fused_kernel, cfg, True)
         add(f"{label} gate+add", _bwd_fused_kernel, cfg, True, **one_gate)
         add(f"{label} gates+add", _bwd_fused_kernel, cfg, True)
+    cooperative = {"launch_cooperative_grid": True}
+    slabs = {"counters_ptr": "*i32:16", "STRIDE": COUNTER_STRIDE}
+    for label, N, C, S, nhwc in (
+        ("nchw 56x56", 256, 64, 3136, False), ("nchw 7x7", 256, 2048, 49, False),
+        ("nhwc 14x14", 256, 1024, 196, True), ("nhwc 7x7", 256, 2048, 49, True),
+    ):  # fmt: skip
+        one = {"N": 1, "PARTS_N": 1} if nhwc else {}
+        for what, kind, special in (
+            ("", "forward", {"residual_ptr": None}), (" add", "forward", {}),
+            ("", "backward", plain), (" add", "backward", {**plain, "y_ptr": x, "dresidual_ptr": x}),
+            (" gate+add", "gates", one_gate), (" gates+add", "gates", {}),
+        ):  # fmt: skip
+            asked = {} if kind == "forward" else {"judged_by_y": "add" in what, "add": "add" in what}
+            plan = slab_plan(N, C, S, nhwc, size, kind, AOT_DEVICE, **asked)
+            if plan is None:  # float32 is twice as long
+                continue
+            special = {**slabs, **special, "partials_ptr": f64 if kind == "forward" else param}
+            special |= {} if kind == "gates" else one
+            kernel = _slab_kernel if kind == "forward" else _bwd_slab_kernel
+            add(f"{label}{what}", kernel, plan.config | cooperative, True, **special)
     add("", _finalise_kernel, finalise_config(512, 64), False, partials_ptr=f64, CUMULATIVE=True)
     add("", _bwd_finalise_kernel, finalise_config(512, 64), False, partials_ptr=param)
     return entries

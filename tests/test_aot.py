@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from importlib.util import find_spec
@@ -30,6 +31,8 @@ def aot_check(*args: str) -> subprocess.CompletedProcess:
     [
         ("--arch", "sm_90", "--dtype", "bf16"),
         ("--arch", "sm_80", "--dtype", "fp32", "--kernel", "fused"),
+        ("--arch", "sm_80", "--dtype", "fp32", "--kernel", "batch_norm_act.slab"),
+        ("--arch", "gfx942", "--dtype", "fp16", "--kernel", "bwd_slab"),
         ("--arch", "sm_80,gfx942", "--dtype", "fp64,fp16", "--kernel", "scale_penalty"),
         ("--arch", "gfx942", "--dtype", "bf16", "--kernel", "fused"),
         ("--arch", "sm_90,gfx942", "--dtype", "fp32,fp64", "--kernel", "gate_sums"),
@@ -52,8 +55,71 @@ def test_kernels_compile_without_spills_and_with_wide_loads(args):
         assert {"channel_gate.scale_kernel", "channel_gate.backward_kernel", "filter_norm.filter_sums_kernel"} <= names
         steps = [row for row in rows if row["kernel"].startswith("growing_sgd")]  # 16 bytes but at the end of a tensor
         assert len(steps) == 8 and all(row["loads"]["16"] and row["stores"]["16"] for row in steps)
+        slabs = [row for row in rows if "slab" in row["kernel"]]
+        assert len(slabs) == 24 and all(row["stores"]["16"] and "2" not in row["stores"] for row in slabs)
         planes = [row for row in rows if "7x7" in row["variant"]]  # planes of 49 elements lie off the vectors
         assert len(planes) >= 8 and all(row["loads"]["16"] and "2" not in row["loads"] for row in planes)
+
+
+SLAB_CODE = """
+import json, sys
+sys.path.insert(0, sys.argv[1])
+from aot_check import TARGETS, compile_kernel, run_tool
+from kernels.batch_norm_act import aot
+import tempfile
+found = []
+for label, kernel, args, config, _ in aot("bf16"):
+    if "slab" in kernel.__name__ and label in ("nchw 56x56", "nchw 7x7 add", "nhwc 14x14 gate+add"):
+        code = compile_kernel(kernel, args, config, TARGETS["sm_90"])
+        with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+            file.write(code.asm["cubin"])
+            file.flush()
+            sass = run_tool("nvdisasm", "-c", file.name)
+        found.append((label, kernel.__name__, code.asm["ptx"], sass, code.metadata.launch_cooperative_grid))
+print(json.dumps(found))
+"""
+
+
+def test_slab_kernels_publish_before_they_arrive_and_look_after_they_waited():
+    """In the order of the code: stores, a barrier, the release; the acquire, a barrier, loads past L1."""
+    env = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    done = subprocess.run(
+        [sys.executable, "-c", SLAB_CODE, SCRIPT.parent], env=env, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+    compiled = json.loads(done.stdout)
+    assert len(compiled) == 5  # three labels, two of them forward and backward
+    for label, name, ptx, sass, cooperative in compiled:
+        assert cooperative is True, (label, name)
+        ops = re.findall(
+            r"(bar\.sync|st\.global|atom\.\S+|ld\.global\.gpu\.acquire|ld\.global\.cg|ld\.global(?=[.\s]))", ptx
+        )
+        releases = [i for i, op in enumerate(ops) if op.startswith("atom")]
+        acquires = [i for i, op in enumerate(ops) if "acquire" in op and not op.startswith("atom")]
+        # once the partial sums, once the statistics; no other atomics, and none on floats
+        assert [ops[i] for i in releases] == ["atom.global.gpu.acq_rel.add.u32"] * 2, (label, name)
+        assert len(acquires) == 2  # the first look, and the loop
+        for i in releases:
+            last_store = max(k for k in range(i) if ops[k] == "st.global")
+            assert "bar.sync" in ops[last_store:i], (label, name)
+            assert ops[i + 1] == "bar.sync" or i == releases[-1]  # all threads learn who came last, then read
+        assert ops[acquires[-1] + 1] == "bar.sync" and ops[acquires[-1] + 2 :].count("ld.global.cg") >= 2
+        between = ops[releases[0] : releases[1]]
+        assert between.count("ld.global.cg") >= 2 and "st.global" in between  # whoever came last joins and writes
+        assert "createpolicy.fractional.L2::evict_last" in ptx and "createpolicy.fractional.L2::evict_first" in ptx
+        assert re.search(r"MEMBAR\.\S*GPU", sass) and "CCTL.IVALL" in sass  # L1 forgets what it held
+
+
+def test_triton_launches_cooperatively_when_asked():
+    """The option of the kernel's metadata becomes the driver's attribute: read from Triton, there is no GPU here."""
+    driver = Path(find_spec("triton").origin).parent / "backends" / "nvidia" / "driver.py"
+    text = driver.read_text()
+    assert "self.launch_cooperative_grid = metadata.launch_cooperative_grid" in text
+    assert re.search(
+        r"if \(launch_cooperative_grid != 0\) \{\{\s+CUlaunchAttribute \w+ = \{\{ \.id = "
+        r"CU_LAUNCH_ATTRIBUTE_COOPERATIVE, \.value = 1\}\}",
+        text,
+    )
 
 
 @pytest.fixture
