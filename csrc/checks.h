@@ -39,6 +39,10 @@ inline bool same_shape(const Tensor& a, const Tensor& b) {
   return true;
 }
 
+inline bool same_device(const Tensor& a, const Tensor& b) {
+  return a.is_cpu() == b.is_cpu() && a.get_device_index() == b.get_device_index();
+}
+
 // channels_last or channels_last_3d without gaps.
 inline bool has_channels_last_rows(const Tensor& w) {
   if (w.dim() < 4) return false;
@@ -64,10 +68,10 @@ inline bool has_channels_last_rows(const Tensor& w) {
   STD_TORCH_CHECK((t).scalar_type() == (dtype), #t " must be " words ", got ", \
                   torch::headeronly::toString((t).scalar_type()))
 
-// t has the shape, dtype and strides of like, so that one index serves both.
+// t has the device, shape, dtype and strides of like, so that one index serves both.
 #define FP_CHECK_LIKE(t, like)                                                                                         \
   do {                                                                                                                 \
-    FP_CHECK_CPU(t);                                                                                                   \
+    STD_TORCH_CHECK(::fastprune::same_device(t, like), #t " must be on the device of " #like);                         \
     STD_TORCH_CHECK(::fastprune::same_shape(t, like) && ::fastprune::same_strides(t, like) &&                          \
                         (t).scalar_type() == (like).scalar_type(),                                                     \
                     #t " must have the shape, strides and dtype of " #like ", ", ::fastprune::shape_string(like), " ", \
