@@ -65,7 +65,7 @@ $(VENV)/.lint: pyproject.toml | $(BIN)/python
 	  | xargs $(PIP) install pytest || $(call fail,pip could not install the lint tools; see its message above)
 	@touch $@
 
-CXX_SOURCES := $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.cpp csrc/*/*.h)
+CXX_SOURCES := $(wildcard $(foreach end,cpp cu h,csrc/*.$(end) csrc/*/*.$(end) tests/cuda_emulator/*.$(end)))
 lint: $(VENV)/.lint
 	@status=0; \
 	$(BIN)/ruff check . || status=1; \

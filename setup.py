@@ -1,12 +1,16 @@
-"""Builds the CPU extension fastprune._C; everything else about the package is in pyproject.toml.
+"""Builds the extensions fastprune._C (CPU) and fastprune._C_cuda; everything else is in pyproject.toml.
 
-FASTPRUNE_EXT = auto (default): build it, and install without it, saying why, when that is not possible
-                cpu:            build it or fail
-                none:           pure Python, ops run on eager PyTorch
+FASTPRUNE_EXT = auto (default): build what can be built, and install without the rest, saying why
+                cpu:            build the CPU extension or fail; no CUDA
+                cuda:           build both or fail
+                none:           pure Python, ops run on eager PyTorch (and Triton on a GPU)
+
+TORCH_CUDA_ARCH_LIST chooses GPUs, as for PyTorch's own extensions; default "8.0;9.0".  No GPU is needed to build.
 """
 
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sys
@@ -29,14 +33,16 @@ CXX = [
 ]
 
 
-def extension():
-    """The extension and the command that builds it."""
+def extensions(with_cuda: bool):
+    """The extensions and the command that builds them."""
     from torch.utils import cpp_extension
 
     class Build(cpp_extension.BuildExtension):
         """Compiles csrc/cpu/*_kernel.cpp once per instruction set: setuptools has no flags per source."""
 
         def build_extension(self, ext):
+            if ext.name == "fastprune._C_cuda":
+                return self.build_cuda(ext)
             for isa, flags in ISA.items():
                 ext.extra_objects += self.compiler.compile(
                     kernels,
@@ -46,6 +52,17 @@ def extension():
                     extra_postargs=[*CXX, "-fopenmp-simd", f"-DFP_ISA={isa}", *flags],
                 )
             super().build_extension(ext)
+
+        def build_cuda(self, ext):
+            os.environ.setdefault("TORCH_CUDA_ARCH_LIST", "8.0;9.0")
+            try:
+                super().build_extension(ext)
+            except Exception as error:
+                if not ext.optional:
+                    raise
+                print(
+                    f"{str(error).splitlines()[0]}\nfastprune: nvcc failed, see above; {WITHOUT_CUDA}", file=sys.stderr
+                )
 
     here = Path(__file__).parent
     kernels = sorted(str(p.relative_to(here)) for p in here.glob("csrc/cpu/*_kernel.cpp"))
@@ -59,8 +76,25 @@ def extension():
         extra_link_args=["-Wl,--as-needed", "-s"],
         py_limited_api=True,
     )
+    built = [ext]
+    if with_cuda:
+        arches = os.environ.get("TORCH_CUDA_ARCH_LIST", "8.0;9.0")
+        facts = [f'-DFP_CUDA_ARCHITECTURES="{arches.replace(";", " ")}"', f'-DFP_NVCC="{nvcc_version(nvcc())}"']
+        cuda = cpp_extension.CUDAExtension(
+            "fastprune._C_cuda",
+            sorted(
+                str(p.relative_to(here)) for pattern in ("*.cpp", "*.cu") for p in here.glob(f"csrc/cuda/{pattern}")
+            ),
+            include_dirs=[str(here / "csrc")],
+            depends=[str(p) for p in here.glob("csrc/**/*.h")],
+            extra_compile_args={"cxx": [*CXX, "-DUSE_CUDA", *facts], "nvcc": ["-O3", "-std=c++17"]},
+            extra_link_args=["-Wl,--as-needed", "-s"],
+            py_limited_api=True,
+        )
+        cuda.optional = mode == "auto"  # its failure must not cost the user the CPU kernels
+        built.append(cuda)
     return {
-        "ext_modules": [ext],
+        "ext_modules": built,
         "cmdclass": {"build_ext": Build},
         "options": {"bdist_wheel": {"py_limited_api": "cp311"}},
     }
@@ -82,10 +116,54 @@ def why_not() -> str | None:
     return None
 
 
+def nvcc() -> Path | None:
+    """The CUDA compiler; sets CUDA_HOME, which PyTorch would guess wrong where nvcc on PATH is a wrapper."""
+    found = shutil.which("nvcc")
+    homes = [os.environ.get("CUDA_HOME"), "/usr/local/cuda", found and Path(found).resolve().parent.parent]
+    for home in homes:
+        if home and (Path(home) / "bin" / "nvcc").is_file():
+            os.environ["CUDA_HOME"] = str(home)
+            return Path(home) / "bin" / "nvcc"
+    return None
+
+
+def nvcc_version(path: Path) -> str:
+    text = subprocess.run([path, "--version"], capture_output=True, text=True).stdout
+    match = re.search(r"release ([\d.]+)", text)
+    return match[1] if match else "unknown"
+
+
+def why_not_cuda() -> str | None:
+    """Why the CUDA extension cannot be built here; the empty string where nobody would expect it."""
+    import torch
+
+    if torch.version.cuda is None:
+        return ""  # a PyTorch without CUDA has no use for it
+    compiler = nvcc()
+    if compiler is None:
+        return "no nvcc (CUDA_HOME is not set, and it is not on PATH)"
+    version = nvcc_version(compiler)
+    if version.split(".")[0] != torch.version.cuda.split(".")[0]:
+        return f"nvcc {version} does not fit PyTorch's CUDA {torch.version.cuda}"
+    return None
+
+
+WITHOUT_CUDA = "installing without CUDA C++ kernels: batch_norm_act runs on Triton on a GPU"
+MODES = ("auto", "cpu", "cuda", "none")
 mode = os.environ.get("FASTPRUNE_EXT", "auto")
-if mode not in ("auto", "cpu", "none"):
-    sys.exit(f"FASTPRUNE_EXT must be auto, cpu or none, got {mode!r}")
-reason = why_not() if mode == "auto" else None
+if mode not in MODES:
+    sys.exit(f"FASTPRUNE_EXT must be {', '.join(MODES[:-1])} or {MODES[-1]}, got {mode!r}")
+reason = why_not() if mode in ("auto", "cuda") else None
+if reason and mode == "cuda":
+    sys.exit(f"fastprune: FASTPRUNE_EXT=cuda cannot be built: {reason}")
 if reason:
     print(f"fastprune: installing without compiled kernels: {reason}; ops will run on eager PyTorch", file=sys.stderr)
-setup(**({} if mode == "none" or reason else extension()))
+if mode == "none" or reason:
+    setup()
+else:
+    lost = why_not_cuda() if mode != "cpu" else ""
+    if mode == "cuda" and lost is not None:
+        sys.exit(f"fastprune: FASTPRUNE_EXT=cuda cannot be built: {lost or 'this PyTorch has no CUDA'}")
+    if lost:
+        print(f"fastprune: {lost}; {WITHOUT_CUDA}", file=sys.stderr)
+    setup(**extensions(with_cuda=lost is None and mode != "cpu"))

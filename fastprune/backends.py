@@ -22,7 +22,8 @@ from fastprune.errors import BackendError, did_you_mean
 
 PREFERENCE: dict[str, dict[str, tuple[str, ...]]] = {
     # op                        on cuda tensors                on cpu tensors
-    "batch_norm_act": {"cuda": ("triton", "eager"), "cpu": ("cpp", "eager")},
+    # The CUDA C++ kernels of batch_norm_act are second as long as nobody has measured which are faster on a GPU.
+    "batch_norm_act": {"cuda": ("triton", "cuda", "eager"), "cpu": ("cpp", "eager")},
     "channel_gate": {"cuda": ("triton", "eager"), "cpu": ("cpp", "eager")},
     "filter_norm": {"cuda": ("triton", "eager"), "cpu": ("cpp", "eager")},
     "gate_sums": {"cuda": ("triton", "eager"), "cpu": ("cpp", "eager")},
@@ -33,11 +34,12 @@ PREFERENCE: dict[str, dict[str, tuple[str, ...]]] = {
     "weight_taylor": {"cuda": ("triton", "eager"), "cpu": ("cpp", "eager")},
 }
 
+EMULATE = os.environ.get("FASTPRUNE_CUDA_EMULATOR")  # tests only: a library with the CUDA kernels, run by the CPU
 INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"  # tests only: Triton kernels on CPU tensors, by interpretation
 _DEVICES = {
     "eager": ("cpu", "cuda"),
     "cpp": ("cpu",),
-    "cuda": ("cuda",),
+    "cuda": ("cuda", "cpu") if EMULATE else ("cuda",),
     "triton": ("cuda", "cpu") if INTERPRET else ("cuda",),
 }
 _lib = torch.library.Library("fastprune", "DEF")
@@ -93,7 +95,7 @@ def _find_kernel(functions: Iterable[str], backend: str, device: str) -> str | N
         return None
     if backend == "triton":
         return "triton is not installed"
-    return (_extension_error if backend == "cpp" else None) or "it has no kernel of this op"
+    return {"cpp": _extension_error, "cuda": _cuda_error}[backend] or "it has no kernel of this op"
 
 
 def why_not(op: str, backend: str, x: Tensor, *args: object) -> str | None:
@@ -164,13 +166,25 @@ def report() -> dict[str, str]:
         lines["triton"] = "installed, not in use: no CUDA device"
     else:
         lines["triton"] = f"ok: {torch.cuda.get_device_name()}"
-    lines["cuda"] = "not built: no op has a CUDA C++ kernel in this version; Triton runs on the GPU"
+    facts = cuda_build_info()
+    if EMULATE:
+        lines["cuda"] = "emulated on the CPU (FASTPRUNE_CUDA_EMULATOR): for tests, very slow"
+    elif not facts:
+        lines["cuda"] = f"not available: {_cuda_error}"
+    else:
+        what = ", ".join(f"{key} {value}" for key, value in facts.items())
+        lines["cuda"] = f"ok: {what}" if torch.cuda.is_available() else f"installed, not in use: no CUDA device; {what}"
     return lines
 
 
 def build_info() -> dict:
     """Facts of the compiled CPU extension (instruction set in use, compiler, ...); empty when it is missing."""
     return {} if _extension_error else json.loads(torch.ops.fastprune.build_info())
+
+
+def cuda_build_info() -> dict:
+    """Facts of the compiled CUDA extension (architectures, nvcc, ...); empty when it is missing."""
+    return {} if _cuda_error or EMULATE else json.loads(torch.ops.fastprune.cuda_build_info())
 
 
 _extension_error: str | None = None
@@ -181,5 +195,23 @@ except ImportError as error:  # a pure-Python install, or a library that does no
     warnings.warn(
         f"fastprune: {_extension_error}; CPU ops run on eager PyTorch, correct but slower. Install a C++17 "
         "compiler and reinstall with `pip install --no-build-isolation .`; `fastprune doctor` says more.",
+        stacklevel=2,
+    )
+
+_cuda_error: str | None = None
+try:
+    if EMULATE:
+        torch.ops.load_library(EMULATE)
+    elif torch.version.cuda:  # else the library would not load, and nobody misses it
+        import_module("fastprune._C_cuda")
+    else:
+        _cuda_error = f"PyTorch {torch.__version__} has no CUDA"
+except ModuleNotFoundError:
+    _cuda_error = "not built (nvcc was missing at install time, or FASTPRUNE_EXT=cpu or none); Triton runs on the GPU"
+except (ImportError, OSError) as error:  # built for another PyTorch or CUDA
+    _cuda_error = f"fastprune._C_cuda did not load ({error})"
+    warnings.warn(
+        f"fastprune: {_cuda_error}; Triton runs on the GPU. Reinstall with `pip install --no-build-isolation .`; "
+        "`fastprune doctor` says more.",
         stacklevel=2,
     )

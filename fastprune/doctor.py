@@ -44,7 +44,9 @@ def run() -> int:
     _table("CPU memory", memory.report())
     _table("optional packages", {name: _installed(name, use) for name, use in OPTIONAL.items()})
     results = {
-        name: ", ".join(_verdict(op, name) for op in CHECKS) for name in ("eager", "cpp", "triton") if _usable(name)
+        name: ", ".join(_verdict(op, name) for op in CHECKS if _claims(name, op))
+        for name in ("eager", "cpp", "triton", "cuda")
+        if _usable(name)
     }
     _table("self-check, forward and backward of every op in float32 against float64", results)
     wrong = [name for name, text in results.items() if "WRONG" in text]
@@ -67,7 +69,8 @@ def self_check(op: str, backend: str) -> float:
     Raises:
         BackendError: The backend has no kernel of this op.
     """
-    device = "cuda" if backend == "triton" and not backends.INTERPRET else "cpu"
+    on_gpu = {"triton": not backends.INTERPRET, "cuda": not backends.EMULATE}.get(backend, False)
+    device = "cuda" if on_gpu else "cpu"
     draw = torch.Generator().manual_seed(0)
     activations, parameters = torch.randn(3, 4, 19, 5, 7, generator=draw), torch.randn(2, 19, generator=draw)
     inputs = [t.to(device) for t in (*activations, *parameters)]
@@ -150,7 +153,11 @@ CHECKS = {
 
 
 def _usable(backend: str) -> bool:
-    return backends.report()[backend].startswith(("ok", "interpreted"))
+    return backends.report()[backend].startswith(("ok", "interpreted", "emulated"))
+
+
+def _claims(backend: str, op: str) -> bool:
+    return any(backend in names for names in backends.PREFERENCE[op].values())
 
 
 def _installed(package: str, use: str) -> str:

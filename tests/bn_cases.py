@@ -13,7 +13,7 @@ from fastprune import ops
 from fastprune.backends import PREFERENCE
 
 # Named, not discovered: a backend that fails to build must fail the run, not shrink it.
-BACKENDS = os.environ.get("FASTPRUNE_TEST_BACKENDS", "eager,cpp,triton").split(",")
+BACKENDS = os.environ.get("FASTPRUNE_TEST_BACKENDS", "eager,cpp,triton,cuda").split(",")
 
 
 def backends_of(op: str) -> list[str]:
@@ -25,6 +25,7 @@ DTYPES = {
     "eager": (torch.float64, torch.float32, torch.float16, torch.bfloat16),
     "cpp": (torch.float32, torch.bfloat16),
     "triton": (torch.float32, torch.float16, torch.bfloat16),
+    "cuda": (torch.float32, torch.float16, torch.bfloat16),
 }
 GATES = {  # Variant.gates to the buffers it asks for
     "": (), "grad": ("gate_grad",), "abs": ("gate_grad", "gate_abs"), "out": ("out_grad",), "out abs": ("out_abs",),

@@ -1,15 +1,22 @@
-"""First of all Triton by interpretation, where there is no GPU; then seeds, and poison for unwritten memory."""
+"""First of all stand-ins for a GPU, where there is none; then seeds, and poison for unwritten memory."""
 
 import os
+import sys
+from pathlib import Path
 
-if "triton" in os.environ.get("FASTPRUNE_TEST_BACKENDS", "eager,cpp,triton").split(","):
-    import torch
+import torch
 
-    if not torch.cuda.is_available():
+if not torch.cuda.is_available():
+    named = os.environ.get("FASTPRUNE_TEST_BACKENDS", "eager,cpp,triton,cuda").split(",")
+    if "triton" in named:
         os.environ["TRITON_INTERPRET"] = "1"  # read by Triton and by fastprune.backends at import
+    if "cuda" in named:
+        sys.path.insert(0, str(Path(__file__).parent))
+        from cuda_emulator.build import build_op
+
+        os.environ["FASTPRUNE_CUDA_EMULATOR"] = str(build_op())  # read by fastprune.backends at import
 
 import pytest
-import torch
 
 
 @pytest.fixture(autouse=True)
@@ -22,8 +29,9 @@ def seeded_and_poisoned():
 
 
 def pytest_collection_modifyitems(items):
-    """Mark what runs a kernel of the GPU: there on the GPU, else in Triton's interpreter."""
+    """Mark what runs a kernel of the GPU: there on the GPU, else in Triton's interpreter or the emulator."""
+    files = ("test_triton_kernels.py", "test_cuda_kernels.py")
     for item in items:
         values = item.callspec.params.values() if hasattr(item, "callspec") else ()
-        if item.path.name == "test_triton_kernels.py" or any(v in ("triton", "cuda") for v in values if type(v) is str):
+        if item.path.name in files or any(v in ("triton", "cuda") for v in values if type(v) is str):
             item.add_marker("gpu")

@@ -62,8 +62,8 @@ VARIANTS = every_variant()
 
 
 def taken(dtype, layout, variant, backend):
-    """All there is; the interpreter, slow, takes half types for every fourth variant."""
-    if backend == "triton" and dtype != torch.float32 and VARIANTS.index(variant) % 4 != (layout == "nhwc"):
+    """All there is; the interpreter and the emulator, slow, take half types for every fourth variant."""
+    if backend in ("triton", "cuda") and dtype != torch.float32 and VARIANTS.index(variant) % 4 != (layout == "nhwc"):
         return False
     return dtype in DTYPES[backend]
 
@@ -99,7 +99,12 @@ def numel(shape):
     return shape[0] * shape[1] * shape[2] * shape[3]
 
 
-LARGEST = {"eager": 1_000_000, "cpp": 10_000_000, "triton": 300_000}  # elements; keeps the run in minutes
+LARGEST = {
+    "eager": 1_000_000,
+    "cpp": 10_000_000,
+    "triton": 300_000,
+    "cuda": 60_000,
+}  # elements; keeps the run in minutes
 
 
 @pytest.mark.parametrize(
@@ -110,7 +115,7 @@ def test_every_shape(shape, layout, backend, few_programs):
     turn = SHAPES.index(shape) + (layout == "nhwc")
     dtypes = [d for d in DTYPES[backend] if d in (torch.float32, torch.bfloat16)]
     pairs = [(v, d) for v in TURNS for d in dtypes]
-    if numel(shape) > 20_000 or backend == "triton":
+    if numel(shape) > 20_000 or backend in ("triton", "cuda"):
         pairs = [pairs[turn % len(pairs)]]
     for variant, dtype in pairs:
         if numel(shape) == shape[1] and variant.training:
@@ -342,7 +347,7 @@ def test_opcheck(layout, backend):
 
 
 @pytest.mark.parametrize(
-    "layout, variant, backend", params(LAYOUTS, TURNS, BACKENDS, keep=lambda _, __, b: b != "triton")
+    "layout, variant, backend", params(LAYOUTS, TURNS, BACKENDS, keep=lambda _, __, b: b not in ("triton", "cuda"))
 )
 def test_compiles_without_graph_breaks(layout, variant, backend):
     call = make_call(variant, (3, 6, 4, 4), torch.float32, layout)

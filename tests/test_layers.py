@@ -64,9 +64,9 @@ def imports(source: str, module: str) -> list[tuple[int, str]]:
 
 
 def unit_of(module: str) -> str | None:
-    """Unit that ``module`` belongs to; None for somebody else's and for the compiled library."""
+    """Unit that ``module`` belongs to; None for somebody else's and for the compiled libraries."""
     package, unit = [*module.split("."), "", ""][:2]
-    if package != "fastprune" or unit == "_C":
+    if package != "fastprune" or unit in ("_C", "_C_cuda"):
         return None
     is_unit = unit in RANK or (ROOT / "fastprune" / unit).is_dir() or (ROOT / "fastprune" / f"{unit}.py").is_file()
     return unit if unit and is_unit else "__init__"  # else a public name: from fastprune import create
@@ -129,9 +129,9 @@ def test_the_test_sees_each_kind_of_import(source):
 
 
 def test_kernels_in_cpp_know_nothing_of_torch():
-    """They are compiled once per instruction set; torch's headers would cost half a minute each time."""
-    kernels = list(ROOT.glob("csrc/cpu/*_kernel.cpp"))
-    assert kernels
+    """They are compiled once per instruction set or by nvcc; torch's headers would cost half a minute each time."""
+    kernels = [*ROOT.glob("csrc/cpu/*_kernel.cpp"), *ROOT.glob("csrc/cuda/*.cu")]
+    assert {path.suffix for path in kernels} == {".cpp", ".cu"}
     seen = set()
     while kernels:
         path = kernels.pop()

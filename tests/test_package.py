@@ -27,7 +27,8 @@ def run(code: str, **environment: str) -> subprocess.CompletedProcess:
     """``code`` in a fresh interpreter, outside the repository; with PYTHONPATH, what is installed there."""
     if "PYTHONPATH" in environment:
         code = FORGET_EDITABLE + code
-    keep = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    stand_ins = ("TRITON_INTERPRET", "FASTPRUNE_CUDA_EMULATOR")
+    keep = {key: value for key, value in os.environ.items() if key not in stand_ins}
     return subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT.parent, env=keep | environment
     )
