@@ -119,6 +119,8 @@ if [ "$DEVICE" = cuda ]; then
   wait
   bench methods_compile 100 e2e.methods --nets resnet56 resnet50 --layouts nhwc --amp \
     --impls eager torch.compile greg-1+compile tpp+compile
+  bench methods_graph 60 e2e.methods --nets resnet56 --layouts nhwc --amp \
+    --impls eager eager+graph fused+graph greg-1+graph tpp+graph taylor-gate+graph
 fi
 bench channel_gate 30 ops.channel_gate --shapes "${norms[@]}" --dtypes bfloat16
 for op in filter_norm growing_sgd gram_penalty; do bench "$op" 30 "ops.$op" "${quick[@]}"; done

@@ -10,6 +10,7 @@ import threading
 import pytest
 import torch
 from bn_cases import BACKENDS, device_for
+from step_recorder import Recorder
 from torch import nn
 
 import fastprune as fp
@@ -22,6 +23,7 @@ from bench.ops import gram_penalty as gram_bench
 from bench.ops import growing_sgd as sgd_bench
 from bench.ops import masked_conv2d as conv_bench
 from fastprune import backends, models
+from fastprune.capture import CapturedStep
 
 # ---- numbers
 
@@ -652,6 +654,25 @@ def test_steps_with_methods_train(impl):
     first, *_, last = [run().item() for _ in range(8)]
     assert last < first
     assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))  # it works on a copy
+
+
+@pytest.mark.parametrize("impl", ["eager+graph", "greg-1+graph", "tpp+graph", "taylor-gate+graph"])
+def test_steps_that_are_replayed_train(impl, monkeypatch):
+    made = []
+
+    def capture_step(model, criterion, optimizer, method, autocast):
+        assert autocast is None
+        made.append(CapturedStep(Recorder(), model, criterion, optimizer, method))
+        return made[-1]
+
+    model, x, target = small()
+    with pytest.raises(ValueError, match="capture_step: expected a model on a CUDA device"):
+        methods.make_step(impl, model, x, target, interval=2, amp=False)
+    monkeypatch.setattr(methods.fp, "capture_step", capture_step)
+    run = methods.make_step(impl, model, x, target, interval=2, amp=False)
+    captures, replays = made[0].captures, made[0]._graph.replays
+    first, *_, last = [run().item() for _ in range(8)]
+    assert last < first and made[0].captures == captures >= 1 and made[0]._graph.replays == replays + 8
 
 
 def test_the_committed_page_of_the_gpu_is_what_the_rows_say():

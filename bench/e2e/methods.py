@@ -7,6 +7,7 @@
     rni             on convert_batchnorm(bound="sigmoid"): its penalty in the loss
     taylor-gate     on that of fused: gate gradients of every step, no cut in sight
     ...+compile     the method with its network compiled
+    ...+graph       the step captured as one CUDA graph, fp.capture_step; its memory lies in the graph, and is not shown
 
 A call of the clock is ``--interval`` steps, of which growing methods update their coefficients in one; times are per
 step.  Nothing waits for the GPU within a call, so there they are those of the host or of the GPU, whichever is behind.
@@ -22,6 +23,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import math
 from collections.abc import Callable
 from functools import partial
 
@@ -40,14 +42,15 @@ NETS = {"resnet20": (128, 32), "resnet56": (128, 32), "resnet50": (256, 224)}  #
 EAGER, COMPILED, FUSED = "eager", "torch.compile", "fused"
 METHODS = ("greg-1", "tpp", "rni", "taylor-gate")
 WITH_COMPILE = {f"{name}+compile": name for name in ("greg-1", "tpp", "rni")}
-IMPLS = (EAGER, FUSED, *METHODS, COMPILED, *WITH_COMPILE)
+WITH_GRAPH = {f"{name}+graph": name for name in (EAGER, FUSED, *METHODS)}
+IMPLS = (EAGER, FUSED, *METHODS, COMPILED, *WITH_COMPILE, *WITH_GRAPH)
 GOALS = {EAGER: 1.00, COMPILED: 1.02}  # times the time of: every method, and every one compiled
 Step = Callable[[], torch.Tensor]
 
 
 def make_step(impl: str, model: nn.Module, x: torch.Tensor, target: torch.Tensor, interval: int, amp: bool) -> Step:
     """A step on a copy of ``model``, which returns the loss; ``interval`` steps lie between two updates."""
-    model, name = copy.deepcopy(model), WITH_COMPILE.get(impl, impl)
+    model, name = copy.deepcopy(model), (WITH_COMPILE | WITH_GRAPH).get(impl, impl)
     if name not in (EAGER, COMPILED):
         convert_batchnorm(model, bound="sigmoid" if name == "rni" else None, fuse=True)
     method, sgd = None, partial(torch.optim.SGD, foreach=True)
@@ -60,6 +63,12 @@ def make_step(impl: str, model: nn.Module, x: torch.Tensor, target: torch.Tensor
             options = {"ratio": 0.5, "per_cut": 100, "frequency": 10**9, "shrink_every": 0}
         method = fp.create(name, model, x[:2], **options)
     optimizer = sgd(model.parameters(), lr=0.01, momentum=0.9, weight_decay=5e-4)
+    if impl in WITH_GRAPH:
+        dtype = torch.bfloat16 if amp else None
+        captured = fp.capture_step(model, F.cross_entropy, optimizer, method, autocast=dtype)
+        for _ in range(2 * interval + 10):  # beyond the first updates, which warm up again
+            captured(x, target)
+        return lambda: captured(x, target)
     forward = torch.compile(model, dynamic=False) if impl == COMPILED or impl in WITH_COMPILE else model
 
     def step() -> torch.Tensor:
@@ -110,21 +119,20 @@ def bench(args: argparse.Namespace, net: str, layout: str) -> list[dict]:
     case |= harness.setting(args, "default")
     over = {impl: [base for base in (EAGER, COMPILED, FUSED) if base in chosen and base != impl] for impl in chosen}
     rows = harness.rows_of("methods", case, samples, over)
+    peaks = {impl: peak_mb(step, x.device) for impl, step in steps.items() if impl not in WITH_GRAPH}
     for row in rows:
-        row["metrics"] = {"peak_mb": peak_mb(steps[row["impl"]], x.device)}
-    peaks = {row["impl"]: row["metrics"]["peak_mb"] for row in rows}
+        row["metrics"] = {"peak_mb": peaks[row["impl"]]} if row["impl"] in peaks else {}
     for row in rows:  # what it costs, so above 1 is slower
         row["cost"] = {
-            base: {
-                "time": harness.speedup(samples, base, row["impl"]),
-                "peak": round(peaks[row["impl"]] / peaks[base], 4),
-            }
+            base: {"time": harness.speedup(samples, base, row["impl"])}
+            | ({"peak": round(peaks[row["impl"]] / peaks[base], 4)} if row["impl"] in peaks else {})
             for base in over[row["impl"]]
         }
         times = ", ".join(f"{c['time']['ratio']:.3f} x {base}" for base, c in row["cost"].items())
         print(
             f"{net:9}{layout:5}{'bf16 ' if args.amp else 'fp32 '}{row['impl']:16}{row['us'] / 1e3:9.2f} ms"
-            f" ({row['us_p20'] / 1e3:.2f}-{row['us_p80'] / 1e3:.2f}), peak {peaks[row['impl']]:,} MB  {times}",
+            f" ({row['us_p20'] / 1e3:.2f}-{row['us_p80'] / 1e3:.2f}), peak {peaks.get(row['impl'], math.nan):,} MB"
+            f"  {times}",
             flush=True,
         )
     harness.finish(args, "methods", rows)
