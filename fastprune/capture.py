@@ -44,7 +44,7 @@ def capture_step(
     The first ``warmup`` steps run as they are, on a side stream; then one is captured.  What the method does on the
     host (coefficients that grow, cuts) happens between the replays, in tensors that the graph reads.  After a cut that
     gives tensors other shapes, and whenever else a tensor, a mode or a number that the graph has in it is another than
-    it was, the step is warmed up and captured anew.  A batch of another shape than the first runs as it is.
+    it was, the step is warmed up and captured anew.  A batch of another shape than those before runs as it is.
 
     Args:
         model: On a CUDA device; may be compiled by ``torch.compile`` (not with ``mode="reduce-overhead"``, which makes
@@ -112,6 +112,7 @@ class CapturedStep:
         self._rates: dict[int, tuple[Tensor, float]] = {}  # group number -> learning rate on the device and here
         self._baked: tuple | None = None  # of the last step
         self._warm = 0  # steps since it changed
+        self._odd = 0  # batches in a row that are not like the graph's
         self._restless = 0  # times that only a number changed
         self._tensors: list[Tensor] = []  # of the model
         self._masked: list[MaskedConv2d] = []
@@ -137,9 +138,12 @@ class CapturedStep:
         self._graph.reset()
 
     def _run(self, batch: tuple[Tensor, ...]) -> tuple[tuple[Tensor, ...], Tensor | None]:
-        if self._batch is None:
-            self._batch = tuple(torch.empty_like(t, device=self._device) for t in batch)
-        if [(t.shape, t.dtype) for t in batch] != [(t.shape, t.dtype) for t in self._batch]:
+        odd = self._batch is None or [(t.shape, t.dtype) for t in batch] != [(t.shape, t.dtype) for t in self._batch]
+        self._odd = self._odd + 1 if odd else 0
+        if self._batch is None or self._odd > self._warmup:  # what batches are like from now on
+            self._batch, self._odd = tuple(torch.empty_like(t, device=self._device) for t in batch), 0
+            self.forget()
+        if self._odd:
             batch = tuple(t.to(self._device, non_blocking=True) for t in batch)
             return self._graph.run(lambda: self._work(batch))
         for to, t in zip(self._batch, batch, strict=True):

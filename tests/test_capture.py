@@ -279,6 +279,17 @@ def test_an_odd_batch_runs_as_it_is():
     assert runs[1].graph.replays >= 5 and steps[1].captures == 1
 
 
+def test_batches_may_be_others_from_now_on():
+    runs = [Run(*METHODS["taylor-gate once"]) for _ in range(2)]
+    steps = runs[0].plain, runs[1].captured()
+    for i in range(16):
+        for run, step in zip(runs, steps, strict=True):
+            x, y = run.batch(i)
+            run.losses.append(step(x[:3], y[:3]) if i < 6 else step(x, y))
+    assert_alike(*runs)
+    assert steps[1].captures == 2 and runs[1].graph.replays >= 5
+
+
 def test_what_the_graph_holds_may_be_replaced():
     """States that are loaded, frozen parameters, another mode: captured anew, and never a replay of what was."""
     runs = [Run(*METHODS["taylor-gate masks"]) for _ in range(2)]
