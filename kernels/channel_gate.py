@@ -6,8 +6,8 @@
 
 No atomics: a sum belongs to one program, so two runs agree bit for bit.  Traffic in bytes per element of b bytes, the
 least there is: scale 2 b (x read, y written), backward 3 b (dy and x read, dx written), 2 b for a probe; sums are 4
-bytes per plane.  NCHW planes that do not start on a vector (7 x 7) are read as in batch_norm_act: whole vectors, foreign
-elements dropped; up to one vector per plane is read twice, from L1, and dx is stored by elements.
+bytes per plane.  NCHW planes that do not start on a vector (7 x 7) are read as in batch_norm_act: whole vectors,
+foreign elements dropped; up to one vector per plane is read twice, from L1, and dx is stored by elements.
 """
 
 from __future__ import annotations

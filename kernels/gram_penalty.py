@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 import os
 from itertools import accumulate
+from typing import NamedTuple
 
 import torch
 import triton
@@ -44,28 +45,61 @@ def _rows(order_ptr, start, i, n):
 
 @triton.jit
 def _gram_tile(
-    weight_ptr, rows_i, rows_j, live_i, live_j, width, acc,
+    weight_ptr, rows_i, rows_j, live_i, live_j, n, width, acc, COLUMNS: tl.constexpr,
     VEC: tl.constexpr, BLOCK_K: tl.constexpr, SPLIT: tl.constexpr, WIDEN: tl.constexpr,
 ):  # fmt: skip
-    width = width // VEC * VEC  # tells the compiler an alignment that the table vouches for
+    """Products of rows i and j, each ``width`` long; with COLUMNS of columns of a matrix (width, n)."""
+    if COLUMNS:
+        n = n // VEC * VEC  # tells the compiler an alignment that the table vouches for
+    else:
+        width = width // VEC * VEC
     for start in range(0, width, BLOCK_K):
-        k = (start + tl.arange(0, BLOCK_K))[None, :]
-        a = tl.load(weight_ptr + rows_i[:, None] * width + k, mask=live_i[:, None] & (k < width), other=0.0)
-        b = tl.load(weight_ptr + rows_j[:, None] * width + k, mask=live_j[:, None] & (k < width), other=0.0)
-        acc = _dot(a, tl.trans(b), acc, SPLIT, WIDEN)
+        k = start + tl.arange(0, BLOCK_K)
+        if COLUMNS:
+            at = k[:, None].to(tl.int64) * n
+            live = (k < width)[:, None]
+            a = tl.load(weight_ptr + at + rows_i[None, :], mask=live & live_i[None, :], other=0.0)
+            b = tl.load(weight_ptr + at + rows_j[None, :], mask=live & live_j[None, :], other=0.0)
+            acc = _dot(tl.trans(a), b, acc, SPLIT, WIDEN)
+        else:
+            live = (k < width)[None, :]
+            a = tl.load(weight_ptr + rows_i[:, None] * width + k[None, :], mask=live_i[:, None] & live, other=0.0)
+            b = tl.load(weight_ptr + rows_j[:, None] * width + k[None, :], mask=live_j[:, None] & live, other=0.0)
+            acc = _dot(a, tl.trans(b), acc, SPLIT, WIDEN)
+    return acc
+
+
+@triton.jit
+def _gram(
+    mode, weight_ptr, i, j, rows_i, rows_j, n, width, acc, MIXED: tl.constexpr,
+    VEC: tl.constexpr, BLOCK_K: tl.constexpr, SPLIT: tl.constexpr, WIDEN: tl.constexpr,
+):  # fmt: skip
+    """A tile of G by the layer's mode: + 1 if aligned, + 2 if of columns."""
+    wide_ptr = tl.multiple_of(weight_ptr, 16)
+    if mode == 1:
+        acc = _gram_tile(wide_ptr, rows_i, rows_j, i < n, j < n, n, width, acc, False, VEC, BLOCK_K, SPLIT, WIDEN)
+    elif mode == 0:
+        acc = _gram_tile(weight_ptr, rows_i, rows_j, i < n, j < n, n, width, acc, False, 1, BLOCK_K, SPLIT, WIDEN)
+    if MIXED:
+        if mode == 3:
+            acc = _gram_tile(wide_ptr, i, j, i < n, j < n, n, width, acc, True, VEC, BLOCK_K, SPLIT, WIDEN)
+        elif mode == 2:
+            acc = _gram_tile(weight_ptr, i, j, i < n, j < n, n, width, acc, True, 1, BLOCK_K, SPLIT, WIDEN)
     return acc
 
 
 @triton.jit
 def _gram_kernel(
-    layers_ptr,   # (L, 8) int64: address, rows, cut rows, width; where its order, matrix and gradient start; aligned
+    layers_ptr,   # (L, 8) int64: address, rows, cut rows, width; where its order, matrix and gradient start; mode
     tiles_ptr,    # (tiles, 3) int64: layer, first row, first column
-    factors_ptr,  # (L, 2) float64: of blocks with a cut row or column, and of the others
+    factors_ptr,  # (L, 3) float64: of blocks with a cut row or column, of the others; what the layer's value adds
+    refs_ptr,     # (L,) int64, or None: addresses of weights whose G is the target; else the identity
     like_ptr,     # any pointer to the weights' dtype; never read
     order_ptr,    # (all rows,) int32, or None: as they are
     scale_ptr,    # (L,) or None: 1
     matrix_ptr,   # E of all layers, rows of a multiple of 16
     sums_ptr,     # (tiles,) float64
+    MIXED: tl.constexpr,  # whether layers may be of columns
     BLOCK: tl.constexpr, BLOCK_K: tl.constexpr,
     VEC: tl.constexpr, SPLIT: tl.constexpr, WIDEN: tl.constexpr,
 ):  # fmt: skip
@@ -84,17 +118,18 @@ def _gram_kernel(
     start = tl.load(layer + 4)
     rows_i = _rows(order_ptr, start, i, n)
     rows_j = _rows(order_ptr, start, j, n)
+    mode = tl.load(layer + 7)
     gram = tl.zeros((BLOCK, BLOCK), dtype=ACC)
-    if tl.load(layer + 7) != 0:
-        gram = _gram_tile(
-            tl.multiple_of(weight_ptr, 16), rows_i, rows_j, i < n, j < n, width, gram, VEC, BLOCK_K, SPLIT, WIDEN
-        )
-    else:
-        gram = _gram_tile(weight_ptr, rows_i, rows_j, i < n, j < n, width, gram, 1, BLOCK_K, SPLIT, WIDEN)
+    gram = _gram(mode, weight_ptr, i, j, rows_i, rows_j, n, width, gram, MIXED, VEC, BLOCK_K, SPLIT, WIDEN)
     kept_i, kept_j = (i >= cuts)[:, None], (j >= cuts)[None, :]
-    target = ((i[:, None] == j[None, :]) & kept_i).to(ACC)
-    cut = tl.load(factors_ptr + 2 * index).to(ACC)
-    kept = tl.load(factors_ptr + 2 * index + 1).to(ACC)
+    if refs_ptr is not None:
+        ref_ptr = tl.load(refs_ptr + index).to(like_ptr.dtype)
+        target = tl.zeros((BLOCK, BLOCK), dtype=ACC)
+        target = _gram(mode, ref_ptr, i, j, rows_i, rows_j, n, width, target, MIXED, VEC, BLOCK_K, SPLIT, WIDEN)
+    else:
+        target = ((i[:, None] == j[None, :]) & kept_i).to(ACC)
+    cut = tl.load(factors_ptr + 3 * index).to(ACC)
+    kept = tl.load(factors_ptr + 3 * index + 1).to(ACC)
     factor = tl.where(kept_i & kept_j, kept, cut)
     live = (i < n)[:, None] & (j < n)[None, :]
     wanted = live & (factor != 0)  # not 0 * inf where there is nothing to penalise
@@ -103,6 +138,8 @@ def _gram_kernel(
     value = tl.sum(tl.sum((e * distance).to(tl.float64), axis=1), axis=0)
     if first_i != first_j:
         value *= 2
+    if first_i + first_j == 0:
+        value += tl.load(factors_ptr + 3 * index + 2)
     if scale_ptr is not None:
         value *= tl.load(scale_ptr + index).to(tl.float64)
     tl.store(sums_ptr + tl.program_id(0), value)
@@ -116,25 +153,38 @@ def _gram_kernel(
 @triton.jit
 def _gradient_tile(
     matrix_ptr, weight_ptr, order_ptr, grad_ptr, start, first_i, first_k, begin, end, n, width, factor,
-    BLOCK: tl.constexpr, BLOCK_J: tl.constexpr, VEC: tl.constexpr, SPLIT: tl.constexpr,
+    COLUMNS: tl.constexpr, BLOCK: tl.constexpr, BLOCK_J: tl.constexpr, VEC: tl.constexpr, SPLIT: tl.constexpr,
 ):  # fmt: skip
     ACC: tl.constexpr = matrix_ptr.dtype.element_ty
-    width = width // VEC * VEC
-    i = first_i + tl.arange(0, BLOCK)
-    k = (first_k + tl.arange(0, BLOCK))[None, :]
     stride = (n + 15) // 16 * 16
+    if COLUMNS:
+        n = n // VEC * VEC
+    else:
+        width = width // VEC * VEC
+    i = first_i + tl.arange(0, BLOCK)
+    k = first_k + tl.arange(0, BLOCK)
     acc = tl.zeros((BLOCK, BLOCK), dtype=ACC)
     for first in range(begin, end, BLOCK_J):
         j = first + tl.arange(0, BLOCK_J)
         live = (i < n)[:, None] & (j < end)[None, :]
         e = tl.load(matrix_ptr + i[:, None].to(tl.int64) * stride + j[None, :], mask=live, other=0.0)
-        rows = _rows(order_ptr, start, j, n)[:, None]
-        a = tl.load(weight_ptr + rows * width + k, mask=(j < end)[:, None] & (k < width), other=0.0)
+        if COLUMNS:
+            at = k[:, None].to(tl.int64) * n + j[None, :]
+            a = tl.trans(tl.load(weight_ptr + at, mask=(k < width)[:, None] & (j < end)[None, :], other=0.0))
+        else:
+            rows = _rows(order_ptr, start, j, n)[:, None]
+            a = tl.load(
+                weight_ptr + rows * width + k[None, :], mask=(j < end)[:, None] & (k < width)[None, :], other=0.0
+            )
         if a.dtype == tl.bfloat16:
             a = a.to(tl.float32)
         acc = _dot(e, a.to(ACC), acc, SPLIT, False)
-    rows = _rows(order_ptr, start, i, n)[:, None]
-    tl.store(grad_ptr + rows * width + k, acc * factor, mask=(i < n)[:, None] & (k < width))
+    if COLUMNS:
+        at = k[:, None].to(tl.int64) * n + i[None, :]
+        tl.store(grad_ptr + at, tl.trans(acc * factor), mask=(k < width)[:, None] & (i < n)[None, :])
+    else:
+        rows = _rows(order_ptr, start, i, n)[:, None]
+        tl.store(grad_ptr + rows * width + k[None, :], acc * factor, mask=(i < n)[:, None] & (k < width)[None, :])
 
 
 @triton.jit
@@ -142,6 +192,7 @@ def _gradient_kernel(
     layers_ptr, tiles_ptr,  # as above; (tiles, 5): layer, first row, first column, columns [begin, end) of E
     like_ptr, order_ptr, scale_ptr, matrix_ptr,
     grad_ptr,  # all gradients, in the dtype of E
+    MIXED: tl.constexpr,
     BLOCK: tl.constexpr, BLOCK_J: tl.constexpr, VEC: tl.constexpr, SPLIT: tl.constexpr,
 ):  # fmt: skip
     tile = tiles_ptr + tl.program_id(0).to(tl.int64) * 5
@@ -160,22 +211,35 @@ def _gradient_kernel(
     factor = tl.full((), 4, matrix_ptr.dtype.element_ty)
     if scale_ptr is not None:
         factor *= tl.load(scale_ptr + index)
-    if tl.load(layer + 7) != 0:
+    mode = tl.load(layer + 7)
+    wide_ptr = tl.multiple_of(weight_ptr, 16)
+    if mode == 1:
         _gradient_tile(
-            matrix_ptr, tl.multiple_of(weight_ptr, 16), order_ptr, grad_ptr, start, first_i, first_k, begin, end, n,
-            width, factor, BLOCK, BLOCK_J, VEC, SPLIT,
+            matrix_ptr, wide_ptr, order_ptr, grad_ptr, start, first_i, first_k, begin, end, n, width, factor,
+            False, BLOCK, BLOCK_J, VEC, SPLIT,
         )  # fmt: skip
-    else:
+    elif mode == 0:
         _gradient_tile(
-            matrix_ptr, weight_ptr, order_ptr, grad_ptr, start, first_i, first_k, begin, end, n,
-            width, factor, BLOCK, BLOCK_J, 1, SPLIT,
+            matrix_ptr, weight_ptr, order_ptr, grad_ptr, start, first_i, first_k, begin, end, n, width, factor,
+            False, BLOCK, BLOCK_J, 1, SPLIT,
         )  # fmt: skip
+    if MIXED:
+        if mode == 3:
+            _gradient_tile(
+                matrix_ptr, wide_ptr, order_ptr, grad_ptr, start, first_i, first_k, begin, end, n, width, factor,
+                True, BLOCK, BLOCK_J, VEC, SPLIT,
+            )  # fmt: skip
+        elif mode == 2:
+            _gradient_tile(
+                matrix_ptr, weight_ptr, order_ptr, grad_ptr, start, first_i, first_k, begin, end, n, width, factor,
+                True, BLOCK, BLOCK_J, 1, SPLIT,
+            )  # fmt: skip
 
 
-def config(dtype: torch.dtype) -> dict[str, int]:
+def config(dtype: torch.dtype, mixed: bool = False) -> dict[str, int]:
     """Tiles of both kernels; on paper, not yet measured on a GPU."""
-    block = 32 if dtype == torch.float64 else 64
-    return {"BLOCK": block, "num_warps": 4 if block == 32 else 8, "num_stages": 2}
+    small = dtype == torch.float64 or (mixed and dtype == torch.float32)  # larger ones would spill
+    return {"BLOCK": 32 if small else 64, "num_warps": 4 if small else 8, "num_stages": 2}
 
 
 def split(dtype: torch.dtype) -> bool:
@@ -183,7 +247,16 @@ def split(dtype: torch.dtype) -> bool:
     return dtype != torch.float64 and not _INTERPRET
 
 
-Layer = tuple[int, int, int, int]  # address, rows, cut rows, width
+class Layer(NamedTuple):
+    """A weight whose G is n x n; of columns, the matrix in memory is (width, n) instead of (n, width)."""
+
+    address: int
+    n: int
+    cuts: int
+    width: int
+    columns: bool = False
+    size: int | None = None  # what the value is divided by; None: n x n
+    offset: int = 0  # what is added before that
 
 
 @tables.cached(16)
@@ -192,11 +265,12 @@ def _tables(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, int, list[int]]:
     """Layers, tiles of G, tiles of the gradients, factors; elements of the matrices; where gradients start, and end."""
     rows, gram, grads, factors, order, matrix = [], [], [], [], 0, 0
-    starts = [0, *accumulate(-(-n * width // 16) * 16 for _, n, _, width in layers)]
-    for index, (address, n, cuts, width) in enumerate(layers):
-        aligned = address % 16 == 0 and width * itemsize % 16 == 0
-        rows.append((address, n, cuts, width, order, matrix, starts[index], aligned))
-        factors.append((cut / max(n * n, 1), kept / max(n * n, 1)))
+    starts = [0, *accumulate(-(-layer.n * layer.width // 16) * 16 for layer in layers)]
+    for index, (address, n, cuts, width, columns, size, offset) in enumerate(layers):
+        aligned = address % 16 == 0 and (n if columns else width) * itemsize % 16 == 0
+        rows.append((address, n, cuts, width, order, matrix, starts[index], aligned + 2 * columns))
+        size = max(n * n if size is None else size, 1)
+        factors.append((cut / size, kept / size, offset / size))
         for i in range(0, n, block):
             has_kept = min(i + block, n) > cuts
             for j in range(0, i + 1, block):  # then j has a cut row if i has
@@ -212,26 +286,61 @@ def _tables(
     def put(numbers: list, columns: int, dtype: torch.dtype = torch.int64) -> Tensor:
         return tables.put(torch.tensor(numbers, dtype=dtype).reshape(-1, columns), device)
 
-    return put(rows, 8), put(gram, 3), put(grads, 5), put(factors, 2, torch.float64), matrix, starts
+    return put(rows, 8), put(gram, 3), put(grads, 5), put(factors, 3, torch.float64), matrix, starts
 
 
 def gram_penalty(
     weights: list[Tensor], order: Tensor | None, cuts: list[int], cut: float, kept: float, scale: Tensor | None
 ) -> tuple[Tensor, list[Tensor]]:
     """Launches both kernels; arguments and results as in :mod:`fastprune.ops.gram_penalty`."""
+    layers = tuple(
+        Layer(w.data_ptr(), w.shape[0], c, math.prod(w.shape[1:])) for w, c in zip(weights, cuts, strict=True)
+    )
+    return _launch(weights, layers, order, cut, kept, scale)
+
+
+def orthogonality_penalty(
+    weights: list[Tensor], references: list[Tensor], kind: str, strides: list[int], paddings: list[int], norm: bool,
+    scale: Tensor | None,
+) -> tuple[Tensor, list[Tensor]]:  # fmt: skip
+    """Launches both kernels for ``"columns"`` and ``"energy"``; as in :mod:`fastprune.ops.gram_penalty`.
+
+    The smaller of both Gram matrices does for columns: :math:`|A^T A - I|^2 = |A A^T - I|^2 + K - N`, and the gradients
+    are the same.  With K < N that would be a difference of large numbers, and so would it for energy, whose matrices
+    are K x K therefore.
+    """
+    layers = []
+    for w in weights:
+        n, width = w.shape[0], math.prod(w.shape[1:])
+        if kind == "columns" and 0 < n <= width:
+            layers.append(Layer(w.data_ptr(), n, 0, width, size=width * width, offset=width - n))
+        else:
+            layers.append(Layer(w.data_ptr(), width, 0, n, columns=True))
+    return _launch(weights, tuple(layers), None, 0.0, 1.0, scale, tuple(r.data_ptr() for r in references), mixed=True)
+
+
+@tables.cached(16)
+def _addresses(addresses: tuple[int, ...], device: torch.device) -> Tensor:
+    return tables.put(torch.tensor(addresses, dtype=torch.int64), device)
+
+
+def _launch(
+    weights: list[Tensor], layers: tuple[Layer, ...], order: Tensor | None, cut: float, kept: float,
+    scale: Tensor | None, references: tuple[int, ...] = (), mixed: bool = False,
+) -> tuple[Tensor, list[Tensor]]:  # fmt: skip
     first = weights[0]
     acc = torch.promote_types(first.dtype, torch.float32)
-    cfg, size = config(first.dtype), first.element_size()
-    layers = tuple((w.data_ptr(), w.shape[0], c, math.prod(w.shape[1:])) for w, c in zip(weights, cuts, strict=True))
+    cfg, size = config(first.dtype, mixed), first.element_size()
     with torch.cuda.device_of(first):
         table, gram, tiles, factors, elements, starts = _tables(layers, cut, kept, size, cfg["BLOCK"], first.device)
+        refs = _addresses(references, first.device) if references else None
         matrix, grad = first.new_empty(elements, dtype=acc), first.new_empty(starts[-1], dtype=acc)
         sums = first.new_empty(len(gram), dtype=torch.float64)
-        options = {**cfg, "VEC": 16 // size, "SPLIT": split(first.dtype)}
+        options = {**cfg, "VEC": 16 // size, "SPLIT": split(first.dtype), "MIXED": mixed}
         if len(gram):
             widen = _INTERPRET and first.dtype == torch.bfloat16
             _gram_kernel[(len(gram),)](
-                table, gram, factors, first, order, scale, matrix, sums, **options, BLOCK_K=32, WIDEN=widen
+                table, gram, factors, refs, first, order, scale, matrix, sums, **options, BLOCK_K=32, WIDEN=widen
             )
         if len(tiles):
             _gradient_kernel[(len(tiles),)](table, tiles, first, order, scale, matrix, grad, **options, BLOCK_J=32)
@@ -240,17 +349,22 @@ def gram_penalty(
 
 
 AOT_DTYPES = ("fp32", "bf16", "fp16", "fp64")
-AOT_LIMITS = {"_gram_kernel": {"registers": 255}, "_gradient_kernel": {"registers": 234}}
+AOT_LIMITS = {"_gram_kernel": {"registers": 255}, "_gradient_kernel": {"registers": 248}}
 
 
 def aot(dtype: str) -> list[tuple]:
     """What scripts/aot_check.py compiles: masks and scales, and neither."""
     torch_dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp64": torch.float64}[dtype]
     acc, size = ("fp64", 8) if dtype == "fp64" else ("fp32", torch_dtype.itemsize)
-    cfg, rows = config(torch_dtype), []
+    rows = []
     tables = {"layers_ptr": "*i64:16", "tiles_ptr": "*i64:16", "like_ptr": f"*{dtype}:16", "matrix_ptr": f"*{acc}:16"}
-    for label, order, scale in (("masks", "*i32:16", f"*{acc}:16"), ("all rows", None, None)):
+    for label, order, scale, refs in (
+        ("masks", "*i32:16", f"*{acc}:16", None), ("all rows", None, None, None),
+        ("columns", None, None, None), ("energy", None, None, "*i64:16"),
+    ):  # fmt: skip
         args = {**tables, "order_ptr": order, "scale_ptr": scale, "VEC": 16 // size, "SPLIT": dtype != "fp64"}
+        args |= {"refs_ptr": refs, "MIXED": label in ("columns", "energy")}
+        cfg = config(torch_dtype, args["MIXED"])
         gram = {"factors_ptr": "*fp64:16", "sums_ptr": "*fp64:16", "BLOCK_K": 32, "WIDEN": False}
         rows.append((label, _gram_kernel, {**args, **gram}, cfg, False))
         rows.append((label, _gradient_kernel, {**args, "grad_ptr": f"*{acc}:16", "BLOCK_J": 32}, cfg, False))

@@ -361,13 +361,18 @@ _DTYPES = {
 
 
 def _refuse(backend: str, first: Tensor, tensors: tuple[Tensor, ...], kind: str) -> str | None:
-    if backend == "triton" and kind != "rows":
+    if backend == "triton" and kind == "conv":
         return f"it has no kernel of kind {kind!r}"
     if first.dtype not in _DTYPES[backend]:
         return f"it takes {', '.join(str(d)[6:] for d in _DTYPES[backend])}"
     for i, w in enumerate(tensors):
         if not dense(w):
             return f"the weights must be contiguous or channels_last, weights[{i}] has strides {w.stride()}"
+    half = len(tensors) // 2
+    if backend == "triton" and kind == "energy":
+        for i, (w, r) in enumerate(zip(tensors[:half], tensors[half:], strict=True)):
+            if w.numel() and any(n > 1 and a != b for n, a, b in zip(w.shape, w.stride(), r.stride(), strict=True)):
+                return f"references must lie like their weights, references[{i}] has strides {r.stride()}"
     return None
 
 
