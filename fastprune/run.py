@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import platform
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
@@ -23,7 +22,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim.lr_scheduler import LambdaLR
 
 import fastprune as fp
-from fastprune import checkpoint, data, methods, models, recipes
+from fastprune import checkpoint, data, methods, models, parallel, recipes
 from fastprune.compact import compact
 from fastprune.data import ImageSet
 from fastprune.errors import DataError
@@ -36,6 +35,7 @@ from fastprune.optim import GrowingSGD
 from fastprune.recipes import Recipe
 from fastprune.recipes.schema import Pruning, Schedule, Training
 from fastprune.train import MetricsLog, evaluate, fit, from_scratch, param_groups
+from fastprune.train.resume import replace_file
 
 FORMAT = 1
 BINS = 32
@@ -77,9 +77,10 @@ def run(
     """
     changes = dict(changes or {}) | ({} if seed is None else {"seed": seed})
     recipe = recipes.load(name, tiny=tiny, changes=changes)
-    device = torch.device(device or ("cuda:0" if torch.cuda.is_available() else "cpu"))
+    device = parallel.start(device)
+    say = say if parallel.rank() == 0 else lambda line: None
     work = Run(recipe, folder(recipe, tiny, runs), device, root, tiny, changes, progress, say)
-    if (work.out / "run.json").exists() and not resume:
+    if parallel.as_first_says((work.out / "run.json").exists()) and not resume:
         raise ValueError(
             f"run: {work.out} holds a run already; --resume continues it, --out another folder starts afresh, "
             "or remove it"
@@ -120,10 +121,8 @@ def _base(recipe: Recipe, changes: Mapping[str, Any], tiny: bool, runs: str | Pa
     """Recipe, path and accuracy of the network that a recipe starts from, if its run is finished."""
     wanted = recipes.load(recipe.base.recipe, tiny=tiny, changes={**changes, "seed": recipe.seed})
     out = folder(wanted, tiny, runs)
-    if not (out / "result.json").exists():
-        return None
-    result = json.loads((out / "result.json").read_text())
-    if not result["finished"]:
+    result = parallel.as_first_says(_read_json(out / "result.json"))
+    if result is None or not result["finished"]:
         return None
     if "train" not in result["phases"] or not (out / "dense.safetensors").exists():
         raise ValueError(f"run: {out} holds no trained dense.safetensors, which {recipe.name} starts from")
@@ -292,26 +291,31 @@ class Run:
     def do(self, images: ImageSet, base: dict[str, Any] | None) -> None:
         """All phases that are not done yet."""
         self.images, self.example = images, example_of(images)
-        self.out.mkdir(parents=True, exist_ok=True)
-        if not (self.out / "run.json").exists():
+        path = self.out / "result.json"
+        if parallel.rank() == 0 and not (self.out / "run.json").exists():
+            self.out.mkdir(parents=True, exist_ok=True)
             _write(self.out / "recipe.yaml", recipes.dump(self.recipe))
             for name in ("metrics", "importances"):
                 (self.out / f"{name}.jsonl").touch()
             _write_json(self.out / "run.json", self._facts(base))
-        path = self.out / "result.json"
-        self.result = json.loads(path.read_text()) if path.exists() else self._no_result()
-        first = self._first()
-        if not self.result["phases"] and not (self.out / f"{first}.safetensors").exists():
-            self._save(self._start(base), first)
+        self.result = parallel.as_first_says(_read_json(path)) or self._no_result()
+        first = self.out / f"{self._first()}.safetensors"
+        if not parallel.as_first_says(bool(self.result["phases"]) or first.exists()):
+            self._save(self._start(base), self._first())
         for number, (name, phase) in enumerate(self.recipe.phases.items()):
             if name not in self.result["phases"]:
                 block = self._phase(name, phase, number)
                 self.result["phases"][name] = block
                 self.result["finished"] = len(self.result["phases"]) == len(self.recipe.phases)
-                _write_json(path, self.result)
+                if parallel.rank() == 0:
+                    _write_json(path, self.result)
                 self.say(f"{self.recipe.name} {name}: {describe(block)}")
-            (self.out / f"{name}.pt").unlink(missing_ok=True)
-        (self.out / "start.safetensors").unlink(missing_ok=True)  # dense.safetensors has the same shape
+            self._remove(f"{name}.pt")
+        self._remove("start.safetensors")  # dense.safetensors has the same shape
+
+    def _remove(self, name: str) -> None:
+        if parallel.rank() == 0:
+            (self.out / name).unlink(missing_ok=True)
 
     def _no_result(self) -> dict[str, Any]:
         r = self.recipe
@@ -334,6 +338,7 @@ class Run:
             "device": str(self.device),
             "device_name": torch.cuda.get_device_name(self.device) if gpu else platform.machine(),
             "threads": torch.get_num_threads(),
+            "processes": parallel.processes(),
             "started": datetime.now(UTC).isoformat(timespec="seconds"),
             "data": {
                 "name": images.name,
@@ -367,7 +372,10 @@ class Run:
         return model.to(self.device)
 
     def _save(self, model: nn.Module, network: str, method: Method | None = None) -> None:
-        checkpoint.save(model, self.out / f"{network}.safetensors", method=method, extra={"recipe": self.recipe.name})
+        if parallel.rank() == 0:
+            about = {"recipe": self.recipe.name, "seed": self.recipe.seed}
+            checkpoint.save(model, self.out / f"{network}.safetensors", method=method, extra=about)
+        parallel.as_first_says(None)  # all wait until it is there
 
     def _before(self, name: str) -> str:
         """The file that a phase starts from."""
@@ -414,7 +422,9 @@ class Run:
             )
             if phase.hand_on == "best":
                 model.load_state_dict(history.best_state)
-        else:
+            elif history.ema is not None:
+                model.load_state_dict(history.ema.state_dict())
+        elif parallel.rank() == 0:
             log.importances(-1, 0)
         if name == "prune":
             model, block["channels"] = cut(model, method, phase, self.example)
@@ -545,38 +555,31 @@ def describe(block: Mapping[str, Any]) -> str:
 # Files ----------------------------------------------------------------------------------------------------------------
 
 
-class PhaseLog:
-    """Rows of one phase in ``metrics.jsonl``, and now and then histograms of the scores in ``importances.jsonl``.
-
-    A resumed phase does some epochs again: their old rows go first.
-    """
+class PhaseLog(MetricsLog):
+    """Rows of one phase in ``metrics.jsonl``, and now and then histograms of the scores in ``importances.jsonl``."""
 
     def __init__(self, out: Path, phase: str, method: Method | None, every: int, epochs: int | None) -> None:
-        self.rows, self.histograms = MetricsLog(out / "metrics.jsonl"), MetricsLog(out / "importances.jsonl")
+        super().__init__(out / "metrics.jsonl")
+        self.histograms = MetricsLog(out / "importances.jsonl")
         self.phase, self.method, self.epochs = phase, method, epochs
         self.every = every or max(1, (epochs or 100) // 20)
         self.first = True
 
     def write(self, row: dict[str, Any]) -> None:
         """At the end of an epoch; what ``fit`` calls."""
-        self._forget(row["epoch"])
-        self.rows.write({"phase": self.phase, **row})
+        super().write({"phase": self.phase, **row})
         last = self.method.finished if self.method and self.epochs is None else row["epoch"] + 1 == self.epochs
         if last or (row["epoch"] + 1) % self.every == 0:
             self.importances(row["epoch"], row["step"])
 
     def importances(self, epoch: int, step: int) -> None:
-        self._forget(epoch)
+        if self.first:  # a resumed phase does some epochs again; metrics.jsonl fit sees to
+            _drop(self.histograms.path, lambda old: old["phase"] == self.phase and old["epoch"] >= epoch)
+            self.first = False
         for group, scores in (self.scored() if self.method is not None else {}).items():
             counts, edges = torch.histogram(scores.detach().double().cpu(), BINS)
             row = {"phase": self.phase, "epoch": epoch, "step": step, "group": group}
             self.histograms.write(row | {"edges": edges.tolist(), "counts": counts.long().tolist()})
-
-    def _forget(self, epoch: int) -> None:
-        if self.first:
-            for log in (self.rows, self.histograms):
-                _drop(log.path, lambda old: old["phase"] == self.phase and old["epoch"] >= epoch)
-            self.first = False
 
     def scored(self) -> dict[str, Tensor]:
         if isinstance(self.method, IterativeMethod):
@@ -595,12 +598,12 @@ def _drop(path: Path, gone: Callable[[dict[str, Any]], bool]) -> None:
 
 def _write(path: Path, text: str) -> None:
     """In one step, so that a kill leaves the old file or the new one."""
-    temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    replace_file(path, text.encode())
+
+
+def _read_json(path: Path) -> Any:
+    """None if there is no such file."""
+    return json.loads(path.read_text()) if path.exists() else None
 
 
 def _write_json(path: Path, content: Any) -> None:

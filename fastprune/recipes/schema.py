@@ -108,10 +108,17 @@ class Pruning(Training):
 
 @dataclass(frozen=True)
 class Engine:
-    """How it runs, without changing what it computes but for rounding."""
+    """How every phase trains: options of ``fastprune.train.fit``."""
 
-    precision: Literal["fp32", "bf16"] = "fp32"
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     channels_last: bool = False
+    compile: bool = False
+    clip_norm: float | None = None
+    accumulate: int = 1
+    ema: float | None = None
+    deterministic: bool = False
+    checkpoint_minutes: float | None = 10.0
+    keep_going: bool = False
 
 
 @dataclass(frozen=True)
@@ -246,6 +253,10 @@ def _check(recipe: Recipe, file: str) -> None:
         need("model.weights", recipe.model.weights is None, f"{recipe.model.name} has no published weights; give base")
     else:
         known("model.name", recipe.model.name, models.list_models())
+    e = recipe.engine
+    need("engine.accumulate", e.accumulate > 0, f"expected 1 or more, got {e.accumulate}")
+    need("engine.clip_norm", e.clip_norm is None or e.clip_norm > 0, f"expected above 0, got {e.clip_norm}")
+    need("engine.ema", e.ema is None or 0 < e.ema < 1, f"expected between 0 and 1, got {e.ema}")
     need("", bool(recipe.phases), f"it has no phase; give at least one of {', '.join(PHASES)}")
     need("scratch", recipe.scratch is None or recipe.prune is not None, "nothing was pruned: prune is missing")
     for name, phase in recipe.phases.items():
