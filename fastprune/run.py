@@ -10,7 +10,8 @@ from __future__ import annotations
 import json
 import math
 import platform
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
@@ -90,14 +91,14 @@ def run(
     base = None
     if recipe.base is not None:
         of_base = {**recipe.base.set, "data": asdict(recipe.data)}
-        base = _base(recipe, of_base, tiny, runs)
+        base = _base(recipe, of_base, tiny, runs, say)
         if base is None:
             say(f"{recipe.name} starts from {recipe.base.recipe}, which is not there yet: doing it first")
             run(
                 recipe.base.recipe, changes=of_base, seed=recipe.seed, device=device, root=root, resume=True,
                 tiny=tiny, runs=runs, progress=progress, say=say,
             )  # fmt: skip
-            base = _base(recipe, of_base, tiny, runs)
+            base = _base(recipe, of_base, tiny, runs, say)
     work.do(images, base)
     return work.out
 
@@ -114,10 +115,22 @@ def load_data(recipe: Recipe, root: str | Path | None, device: torch.device | st
             "--set data.name=imagefolder reads folders of images"
         )
     options = {key: value for key, value in asdict(recipe.data).items() if key not in ("name", "options")}
-    return data.load(recipe.data.name, root, device=device, **options, **recipe.data.options)
+    with _wrong_types("data.options"):
+        return data.load(recipe.data.name, root, device=device, **options, **recipe.data.options)
 
 
-def _base(recipe: Recipe, changes: Mapping[str, Any], tiny: bool, runs: str | Path) -> dict[str, Any] | None:
+@contextmanager
+def _wrong_types(key: str) -> Iterator[None]:
+    """Options are handed on as they are; what Python says of wrong ones is for the user."""
+    try:
+        yield
+    except TypeError as error:
+        raise ValueError(f"{key}: {error}") from error
+
+
+def _base(
+    recipe: Recipe, changes: Mapping[str, Any], tiny: bool, runs: str | Path, say: Callable[[str], None]
+) -> dict[str, Any] | None:
     """Recipe, path and accuracy of the network that a recipe starts from, if its run is finished."""
     wanted = recipes.load(recipe.base.recipe, tiny=tiny, changes={**changes, "seed": recipe.seed})
     out = folder(wanted, tiny, runs)
@@ -126,6 +139,8 @@ def _base(recipe: Recipe, changes: Mapping[str, Any], tiny: bool, runs: str | Pa
         return None
     if "train" not in result["phases"] or not (out / "dense.safetensors").exists():
         raise ValueError(f"run: {out} holds no trained dense.safetensors, which {recipe.name} starts from")
+    if (was := recipes.load(str(out / "recipe.yaml"))) != wanted:
+        say(f"{recipe.name} starts from {out}, of another recipe: {_first_difference(asdict(was), asdict(wanted))}")
     path = str(out / "dense.safetensors")
     return {"recipe": wanted.name, "path": path, "acc": result["phases"]["train"]["acc"]}
 
@@ -427,6 +442,8 @@ class Run:
         elif parallel.rank() == 0:
             log.importances(-1, 0)
         if name == "prune":
+            if not getattr(method, "finished", True):
+                self.say(f"{r.name} prune: {method.name} had not finished when prune.epochs={phase.epochs} ended it")
             model, block["channels"] = cut(model, method, phase, self.example)
         accs = [row["test_acc"] for row in history]
         block |= {
@@ -449,7 +466,8 @@ def make_model(recipe: Recipe, classes: int, channels: int, *, weights: bool = T
         options.setdefault("in_channels", channels)
     elif weights and recipe.model.weights is not None:
         options["weights"] = recipe.model.weights
-    return models.create(recipe.model.name, classes, **options)
+    with _wrong_types("model.options"):
+        return models.create(recipe.model.name, classes, **options)
 
 
 def example_of(images: ImageSet) -> Tensor:

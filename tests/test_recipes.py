@@ -250,6 +250,13 @@ ANY = "greg/resnet56-cifar10-greg1-0.5"
         ({"data.name": "cifar"}, "data.name: unknown name 'cifar'; did you mean 'cifar10'?"),
         ({"data.mean": [0.5, "x", 0.5]}, "data.mean[1]: expected a number, got 'x'"),
         ({"model.name": "resnet65"}, "model.name: unknown name 'resnet65'; did you mean 'resnet56'?"),
+        ({"model": {"name": "resnet50", "weights": "V1"}}, "model.weights: unknown name 'V1'"),
+        (
+            {"prune.epochs": 0, "prune.method": "fisher", "prune.options": {"per_cut": 1}},
+            "unknown name 'update_interval'",
+        ),
+        ({"engine.ema": 1.5}, "engine.ema: expected between 0 and 1, got 1.5"),
+        ({"engine.precision": "fp8"}, "engine.precision: expected one of fp32, bf16, fp16, got 'fp8'"),
         ({"model.weights": "IMAGENET1K_V1"}, "model.weights: resnet56 has no published weights"),
         ({"finetune": None, "prune": None}, "it has no phase"),
         ({"scratch": {"epochs": 1}}, "scratch.batch_size: missing; expected a whole number"),
@@ -262,6 +269,11 @@ def test_errors_name_file_key_and_what_was_expected(changes, says):
     with pytest.raises(ValueError) as error:
         recipes.load(ANY, changes=changes)
     assert says in str(error.value)
+
+
+def test_many_cuts_need_training():
+    with pytest.raises(ValueError, match=r"prune\.epochs: 0 is one cut without training"):
+        recipes.load("fisher/wrn-40-2-fisher", changes={"prune.epochs": 0})
 
 
 def test_unknown_recipe():

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
+import random
 import re
+import signal
+import time
 
 import pytest
 import torch
@@ -166,6 +171,23 @@ def test_a_folder_is_never_overwritten(tmp_path):
     assert other != out and (other / "dense.safetensors").read_bytes() != (out / "dense.safetensors").read_bytes()
 
 
+def test_a_base_of_another_recipe_is_named(tmp_path):
+    base, name = "rni/vgg16-cifar10-ucs-train", "rni/vgg16-cifar10-ucs-0.5"
+    run.run(base, runs=tmp_path, changes={"train.lr": 0.05}, **QUIET)
+    said = []
+    run.run(name, runs=tmp_path, **{**QUIET, "say": said.append})
+    assert said[0].endswith("of another recipe: train.lr was 0.05 then, and is 0.1 now") and len(said) == 3
+
+
+def test_pruning_cut_short_says_so(tmp_path):
+    said = []
+    changes = {"prune.epochs": 1, "base.set": {"train.lr": 0.01}}
+    run.run("greg/vgg19-cifar100-greg1-0.7", runs=tmp_path, changes=changes, **{**QUIET, "say": said.append})
+    assert any("greg-1 had not finished when prune.epochs=1 ended it" in line for line in said)
+    base = tmp_path / "tiny" / "greg" / "vgg19-cifar100-base" / "seed0"
+    assert recipes.load(str(base / "recipe.yaml")).train.lr == 0.01
+
+
 def test_until_the_method_is_done(tmp_path):
     """Pruning ends with the step in which the method does, not with the epoch."""
     changes = {"prune.options.reg_step": 0.25, "prune.options.stabilize": 2, "data.options.n_train": 160}
@@ -224,13 +246,48 @@ def test_nothing_is_written_when_the_data_is_missing(tmp_path, capsys):
         ),
         (["run", "rni/readme-train", "--set", "train"], "--set: expected key=value"),
         (["run", "none.yaml"], "cannot read recipe none.yaml"),
+        (["run", "fisher/wrn-reduced-depth16", "--tiny", "--set", "data.options.size=x"], "data.options: "),
+        (["run", "fisher/wrn-reduced-depth16", "--tiny", "--set", "model.options.depth=x"], "model.options: "),
         (["list", "recipes", "xyz"], "no recipe fits 'xyz'"),
     ],
 )
-def test_bad_input_is_one_line(capsys, argv, says):
+def test_bad_input_is_one_line(capsys, tmp_path, monkeypatch, argv, says):
+    monkeypatch.chdir(tmp_path)
     assert cli.main(argv) == 1
     out, err = capsys.readouterr()
     assert out == "" and err.count("\n") == 1 and says in err
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_killed_at_random_moments(tmp_path):
+    """SIGKILL, wherever it hits; then the same run again, until one comes to its end: as if nothing had been."""
+    name = "greg/vgg19-cifar100-greg1-0.7"
+    base = recipes.load(name).base.recipe
+    start = time.monotonic()
+    straight = run.run(name, runs=tmp_path / "a", **QUIET)
+    took, draw, kills = time.monotonic() - start, random.Random(0), 0
+    changes = {"resume": True, "runs": tmp_path / "b"}
+    while True:
+        child = os.fork()
+        if not child:
+            code = 1
+            with contextlib.suppress(BaseException):
+                run.run(name, **changes, **QUIET)
+                code = 0
+            os._exit(code)
+        if kills < 6:
+            time.sleep(draw.uniform(0.1, 0.7) * took)
+            os.kill(child, signal.SIGKILL)
+        _, status = os.waitpid(child, 0)
+        if not os.WIFSIGNALED(status):
+            assert os.waitstatus_to_exitcode(status) == 0
+            break
+        kills += 1
+    assert kills
+    for which in (name, base):
+        old, new = (tmp_path / run_of / "tiny" / which / "seed0" for run_of in "ab")
+        assert comparable(new)[1:] == comparable(old)[1:]
+    assert straight == tmp_path / "a" / "tiny" / name / "seed0"
 
 
 def test_list_patterns_go_with_recipes(capsys):

@@ -103,6 +103,8 @@ def raw_recipe(
     Data and model are those of the ``base``, where the recipe does not name others.
     """
     raw, where = _own_file(name) if name.endswith((".yaml", ".yml")) else _shipped(name)
+    if isinstance(raw.get("base"), str):
+        raw["base"] = {"recipe": raw["base"]}
     if tiny:
         if not isinstance(raw.get("tiny", {}), Mapping) or not raw.get("tiny"):
             raise ValueError(f"{where}: tiny: missing, so that it has no form for --tiny")
@@ -111,9 +113,8 @@ def raw_recipe(
                 put(raw, key, value, where)
     for key, value in (changes or {}).items():
         put(raw, key, value, "--set")
-    base = raw.get("base")
-    base = base if isinstance(base, Mapping) else {"recipe": base}
-    if isinstance(base.get("recipe"), str):
+    base = {"recipe": raw["base"]} if isinstance(raw.get("base"), str) else raw.get("base")  # by --set
+    if isinstance(base, Mapping) and isinstance(base.get("recipe"), str):
         of_base, _ = raw_recipe(base.get("recipe"), tiny=tiny, changes=base.get("set"))
         for key in ("data", "model"):
             own = raw.get(key, {})

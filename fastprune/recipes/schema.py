@@ -8,6 +8,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import MISSING, dataclass, field, fields, is_dataclass
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
+from torchvision.models import get_model_weights
+
 from fastprune import data, methods, models
 from fastprune.errors import did_you_mean
 from fastprune.methods.base import _has_type
@@ -253,6 +255,8 @@ def _check(recipe: Recipe, file: str) -> None:
         need("model.weights", recipe.model.weights is None, f"{recipe.model.name} has no published weights; give base")
     else:
         known("model.name", recipe.model.name, models.list_models())
+        if recipe.model.weights is not None:
+            known("model.weights", recipe.model.weights, [w.name for w in get_model_weights(recipe.model.name)])
     e = recipe.engine
     need("engine.accumulate", e.accumulate > 0, f"expected 1 or more, got {e.accumulate}")
     need("engine.clip_norm", e.clip_norm is None or e.clip_norm > 0, f"expected above 0, got {e.clip_norm}")
@@ -261,6 +265,8 @@ def _check(recipe: Recipe, file: str) -> None:
     need("scratch", recipe.scratch is None or recipe.prune is not None, "nothing was pruned: prune is missing")
     for name, phase in recipe.phases.items():
         if name == "prune":
+            cuts = phase.epochs == 0 and phase.options.get("per_cut")
+            need("prune.epochs", not cuts, "0 is one cut without training, but prune.options.per_cut asks for many")
             need("prune.method", phase.method is not None, f"missing; expected one of {', '.join(methods.METHODS)}")
         need(f"{name}.epochs", (phase.epochs or 0) >= (name != "prune"), f"expected 1 or more, got {phase.epochs}")
         need(f"{name}.batch_size", phase.batch_size > 0, f"expected 1 or more, got {phase.batch_size}")
