@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from fastprune import backends, budget, checkpoint, data, graph, methods, models, nn, ops, optim
+from fastprune import backends, budget, checkpoint, data, graph, methods, models, nn, ops, optim, parallel
 from fastprune.capture import capture_step
 from fastprune.checkpoint import load, save
 from fastprune.compact import compact
@@ -52,6 +52,7 @@ __all__ = [
     "nn",
     "ops",
     "optim",
+    "parallel",
     "prune_finetune",
     "save",
     "to_plain",

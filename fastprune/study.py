@@ -185,6 +185,8 @@ def run(
     out.mkdir(parents=True, exist_ok=True)
     device = device or ("cuda:0" if torch.cuda.is_available() else "cpu")
     data = datasets.load(dataset, root, device=device, limit=limit)
+    if not isinstance(data, datasets.ImageSet):
+        raise ValueError(f"oracle: expected a data set that fits in memory, got {dataset}; take imagefolder")
     print(f"Train {arch} on {len(data.train_labels)} images of {dataset}, {epochs} epochs", flush=True)
     if resume and (log := out / "train" / "metrics.jsonl").exists():
         before = json.loads(log.read_text().partition("\n")[0])

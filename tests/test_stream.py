@@ -9,7 +9,7 @@ from PIL import Image
 from torchvision.transforms import v2
 
 import fastprune as fp
-from fastprune import data, parallel
+from fastprune import cli, data, parallel
 from fastprune.data import stream
 from fastprune.errors import DataError
 
@@ -145,6 +145,11 @@ def test_wrong_options_are_named(tree, tmp_path):
         data.load("imagenet")
     assert load(tree, flip=False, mean=(0.0,) * 3).flip is False
     assert len(load(tree, limit=5).train_files) == 5
+
+
+def test_the_oracle_wants_a_set_in_memory(tree, tmp_path, capsys):
+    assert cli.main(["oracle", "--dataset", "imagenet", "--root", str(tree), "--out", str(tmp_path)]) == 1
+    assert "oracle: expected a data set that fits in memory, got imagenet" in capsys.readouterr().err
 
 
 def test_a_network_trains_on_it(tree, tmp_path):
