@@ -30,7 +30,7 @@ def seeded_and_poisoned():
 
 def pytest_collection_modifyitems(items):
     """Mark what runs a kernel of the GPU: there on the GPU, else in Triton's interpreter or the emulator."""
-    files = ("test_triton_kernels.py", "test_cuda_kernels.py")
+    files = ("test_triton_kernels.py", "test_slab_kernels.py", "test_cuda_kernels.py")
     for item in items:
         values = item.callspec.params.values() if hasattr(item, "callspec") else ()
         if item.path.name in files or any(v in ("triton", "cuda") for v in values if type(v) is str):

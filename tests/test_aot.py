@@ -32,7 +32,7 @@ def aot_check(*args: str) -> subprocess.CompletedProcess:
         ("--arch", "sm_90", "--dtype", "bf16"),
         ("--arch", "sm_80", "--dtype", "fp32", "--kernel", "fused"),
         ("--arch", "sm_80", "--dtype", "fp32", "--kernel", "batch_norm_act.slab"),
-        ("--arch", "gfx942", "--dtype", "fp16", "--kernel", "bwd_slab"),
+        ("--arch", "gfx942", "--dtype", "fp16", "--kernel", "batch_norm_act.slab"),
         ("--arch", "sm_80,gfx942", "--dtype", "fp64,fp16", "--kernel", "scale_penalty"),
         ("--arch", "gfx942", "--dtype", "bf16", "--kernel", "fused"),
         ("--arch", "sm_90,gfx942", "--dtype", "fp32,fp64", "--kernel", "gate_sums"),
