@@ -156,18 +156,18 @@ def row_of(job: Job) -> dict:
 def check(job: Job) -> dict:
     """Compile and judge."""
     _, kernel, args, config, vectorised = entries(job.module, job.dtype)[job.index]
-    row = row_of(job)
+    limits = LIMITS | getattr(load(job.module), "AOT_LIMITS", {}).get(kernel.__name__, {})
+    vgprs = limits.pop("vgprs")
+    if job.arch.startswith("gfx"):
+        limits["registers"] = vgprs
+    row = row_of(job) | {"limits": limits}
     try:
         compiled = compile_kernel(kernel, args, config, TARGETS[job.arch])
     except Exception as error:  # whatever the compiler raises is the finding
         return row | {"verdict": f"FAIL: {str(error).strip().splitlines()[-1]}"}
     facts = inspect_hip(compiled) if job.arch.startswith("gfx") else inspect_cuda(compiled)
     facts["shared"] = compiled.metadata.shared
-    limits = LIMITS | getattr(load(job.module), "AOT_LIMITS", {}).get(kernel.__name__, {})
-    vgprs = limits.pop("vgprs")
-    if job.arch.startswith("gfx"):
-        limits["registers"] = vgprs
-    return row | facts | {"limits": limits, "verdict": judge(facts, job.dtype, vectorised, limits)}
+    return row | facts | {"verdict": judge(facts, job.dtype, vectorised, limits)}
 
 
 def jobs(arches: list[str], dtypes: list[str] | None, only: str) -> list[Job]:
@@ -276,9 +276,8 @@ def main() -> int:
         known = {json.dumps(row_of(job)) for job in jobs(arches, None, "")}
         kept = [row for row in old if row["kernel"] not in names and json.dumps({k: row[k] for k in KEY}) in known]
         rows = sorted(kept + [row | {"triton": triton.__version__} for row in rows], key=lambda row: row["kernel"])
-        if not failed:
-            ROWS.write_text("".join(json.dumps(row) + "\n" for row in rows))
-            PAGE.write_text(page(rows))
+        ROWS.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        PAGE.write_text(page(rows))
     else:
         widths = [max(map(len, column)) for column in zip(*table, strict=True)]
         print("\n".join("  ".join(c.ljust(w) for c, w in zip(cells, widths, strict=True)).rstrip() for cells in table))

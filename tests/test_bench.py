@@ -296,6 +296,20 @@ def test_the_bench_on_a_gpu_times_every_backend(tmp_path):
         assert line in text
 
 
+@pytest.mark.skipif("triton" not in BACKENDS, reason="triton is not under test")
+def test_the_bench_counts_what_the_kernels_move(tmp_path):
+    args = harness.arguments("", []).parse_args(["--no-gate", "--rounds", "7", "--out", str(tmp_path)])
+    vars(args).update(
+        shapes=[(1, 2, 2, 2)], dtypes=["float32"], layouts=["nhwc"], what=["bn"], sample_ms=0.1, compile=False,
+        per_channel=False, device=device_for("triton"), names={"triton": "triton"},
+    )  # fmt: skip
+    rows = {row["impl"]: row for row in op_bench.run(args, "default")}
+    mine = rows["triton"]
+    assert set(mine["path"]) == {"forward", "backward"} and "moved_of_copy" not in rows["eager"]
+    # a small layer is read and written once, which is also the least there is
+    assert mine["moved_gb_per_s"] == mine["gb_per_s"] and mine["moved_of_copy"] == mine["of_copy"]
+
+
 def test_gate_gradients_of_eager_hook_and_op_agree():
     torch.manual_seed(0)
     x, residual, dy = (torch.randn(3, 4, 5, 6, requires_grad=True) for _ in range(3))

@@ -171,12 +171,12 @@ def contestants(what: str, x: Tensor, names: dict[str, str], others: Sequence[st
     return calls | {"copy": lambda: target.copy_(x.detach())}
 
 
-def moved(what: str, shape: tuple[int, ...], layout: str, itemsize: int) -> int:
-    """Bytes that the Triton kernels move, by their own count."""
+def moved(what: str, shape: tuple[int, ...], layout: str, itemsize: int) -> tuple[int, dict]:
+    """Bytes that the Triton kernels move, by their own count, and the path they take in each direction."""
     from fastprune.kernels.batch_norm_act import traffic
 
     found = traffic(shape, layout == "nhwc", itemsize, what)
-    return found["forward"] + found["backward"]
+    return found["forward"] + found["backward"], found["path"]
 
 
 def run(args: argparse.Namespace, allocator: str) -> Iterator[dict]:
@@ -196,7 +196,12 @@ def run(args: argparse.Namespace, allocator: str) -> Iterator[dict]:
         case = {"what": what, "shape": "x".join(map(str, shape)), "dtype": dtype, "layout": layout}
         case |= harness.setting(args, allocator)
         timed = {name: [o for o in them if o in calls] for name, them in over.items()}
-        rows = harness.rows_of("batch_norm_act", case, samples, timed, traffic, counted)
+        rows = harness.rows_of(
+            "batch_norm_act", case, samples, timed, traffic, {n: count for n, (count, _) in counted.items()}
+        )
+        for row in rows:
+            if row["impl"] in counted:
+                row["path"] = counted[row["impl"]][1]
         harness.finish(args, "batch_norm_act", rows)
         for row in rows:
             faster = ", ".join(
