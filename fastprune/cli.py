@@ -89,14 +89,15 @@ def _report(args: argparse.Namespace) -> int:
 
 
 def _run(args: argparse.Namespace) -> int:
-    from fastprune import recipes, run
+    from fastprune import parallel, recipes, run
 
     given = {"changes": recipes.parse_set(args.set), "seed": args.seed, "device": args.device, "root": args.data}
     if args.dry_run:
         run.dry_run(args.recipe, **given, tiny=args.tiny)
     else:
         out = run.run(args.recipe, **given, resume=args.resume, tiny=args.tiny, runs=args.out)
-        print(f"results are in {out}")
+        if parallel.rank() == 0:
+            print(f"results are in {out}")
     return 0
 
 

@@ -228,6 +228,7 @@ def dry_run(
             raise
         images, missing = None, " ".join(str(error).split())
         classes, channels, size = KNOWN[recipe.data.name]
+        size = recipe.data.options.get("size", size)  # imagenet's
         shape = (channels, size, size)
     found = plan(recipe, classes, shape)
     if found.layers:
@@ -384,6 +385,8 @@ class Run:
         model = checkpoint.load(self.out / f"{network}.safetensors")
         if self.recipe.model.fuse:
             model = fp.nn.convert_batchnorm(model, fuse=True)
+        if parallel.processes() > 1:  # as one process would train it
+            model = fp.nn.convert_sync_batchnorm(model)
         return model.to(self.device)
 
     def _save(self, model: nn.Module, network: str, method: Method | None = None) -> None:

@@ -8,13 +8,14 @@ import os
 import random
 import re
 import signal
+import socket
 import time
 
 import pytest
 import torch
 
 import fastprune as fp
-from fastprune import cli, recipes, run
+from fastprune import cli, parallel, recipes, run
 from fastprune.train import MetricsLog, evaluate
 
 QUIET = {"device": "cpu", "tiny": True, "progress": False, "say": lambda line: None}
@@ -288,6 +289,41 @@ def test_killed_at_random_moments(tmp_path):
         old, new = (tmp_path / run_of / "tiny" / which / "seed0" for run_of in "ab")
         assert comparable(new)[1:] == comparable(old)[1:]
     assert straight == tmp_path / "a" / "tiny" / name / "seed0"
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_two_processes_do_as_one(tmp_path):
+    """Each trains on half of every batch; networks agree but for rounding, what is cut exactly, and files are one's."""
+    name = "fisher/wrn-40-2-fisher-scratch"
+    one = run.run(name, runs=tmp_path / "one", **QUIET)
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(s.getsockname()[1]), "WORLD_SIZE": "2"}
+    children = []
+    for rank in ("0", "1"):
+        child = os.fork()
+        if not child:
+            code = 1
+            with contextlib.suppress(BaseException):
+                os.environ |= address | {"RANK": rank, "LOCAL_RANK": rank}
+                run.run(name, runs=tmp_path / "two", **QUIET)
+                parallel.stop()
+                code = 0
+            os._exit(code)
+        children.append(child)
+    assert [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children] == [0, 0]
+    two = tmp_path / "two" / one.relative_to(tmp_path / "one")
+    (facts, result, metrics, _), (other_facts, other_result, other_metrics, _) = read(one), read(two)
+    assert (facts["processes"], other_facts["processes"]) == (1, 2)
+    steps = [[row[key] for key in ("phase", "epoch", "step")] for row in metrics]
+    assert steps == [[row[key] for key in ("phase", "epoch", "step")] for row in other_metrics]
+    for phase, block in result["phases"].items():
+        same_keys = ("kept", "macs", "params", "steps") + (("channels",) if phase == "prune" else ())
+        assert all(block[key] == other_result["phases"][phase][key] for key in same_keys)
+    for network in ("dense", "pruned", "scratch"):
+        a, b = (fp.load(out / f"{network}.safetensors").state_dict() for out in (one, two))
+        for key, value in a.items():
+            torch.testing.assert_close(b[key], value, rtol=1e-3, atol=1e-4, msg=lambda m, key=key: f"{key}: {m}")
 
 
 def test_list_patterns_go_with_recipes(capsys):
