@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import os
+import socket
+
 import torch
 import torch.distributed as dist
 from torch import nn
 
 import fastprune as fp
 from fastprune import data, parallel
-from fastprune.train import MetricsLog, fit
+from fastprune.train import MetricsLog, evaluate, fit
 
 
 def net():
@@ -50,13 +53,23 @@ def train(name, folder, resume=False, epochs=2, **options):
     }
 
 
-def work(rank, path):
+def score():
+    """Of 99 test images, which two processes cannot share evenly."""
+    return evaluate(net(), data.load("digits", limit=99).loaders(16).test)
+
+
+def work(rank, path, port):
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{path}/store", rank=rank, world_size=2)
+    # as torchrun does it
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    assert parallel.start("cpu") == torch.device("cpu") == parallel.start("cpu")
+    assert (parallel.rank(), parallel.processes(), dist.get_backend()) == (rank, 2, "gloo")
     found = {name: train(name, path) for name in METHODS}
     train("taylor-gate", f"{path}/again", epochs=1)
     found["resumed"] = train("taylor-gate", f"{path}/again", resume=True)
     found["accumulated"] = train("slimming", f"{path}/accumulated", accumulate=2)
+    found["score"] = score()
     torch.save(found, f"{path}/{rank}.pt")
     dist.barrier()
     parallel.stop()
@@ -68,7 +81,10 @@ def close(a, b, rtol=1e-4):
 
 def test_two_processes_end_where_one_does(tmp_path):
     (tmp_path / "one").mkdir()
-    torch.multiprocessing.spawn(work, (str(tmp_path),), nprocs=2)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    torch.multiprocessing.spawn(work, (str(tmp_path), port), nprocs=2)
     first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
     for name in METHODS:
         alone = train(name, tmp_path / "one")
@@ -92,5 +108,8 @@ def test_two_processes_end_where_one_does(tmp_path):
         got, wanted = one["resumed"][name], one["taylor-gate"][name]
         assert got.keys() == wanted.keys() and all(torch.equal(got[key], wanted[key]) for key in got)
     assert first["resumed"]["rows"] == first["taylor-gate"]["rows"]
+    alone = score()
+    assert first["score"] == second["score"] and first["score"]["acc"] == alone["acc"]
+    close(first["score"], alone)
     rows = [one["accumulated"]["rows"] for one in (first, second)]
     assert rows[0] == rows[1] and rows[0][-1]["step"] == 8

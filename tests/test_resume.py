@@ -152,7 +152,7 @@ def test_a_damaged_or_foreign_file_is_one_line(damage, tmp_path):
     "change, said",
     [
         ({"model": 12}, r"0\.bias is \(8,\) there, \(12,\) here"),
-        ({"batch_size": 16}, "batches of an epoch is 4 there, 8 here"),
+        ({"batch_size": 16}, "training data is Loader of 4 batches there, Loader of 8 batches here"),
         ({"method": "slimming"}, "method is nothing there, slimming"),
         ({"ema": 0.9}, r"ema is None there, 0\.9 here"),
         ({"precision": "bf16"}, "precision is fp32 there, bf16 here"),
@@ -165,6 +165,15 @@ def test_a_file_of_another_run_changes_nothing(change, said, tmp_path):
     with pytest.raises(CheckpointError, match=rf"last\.pt is of another run: .*{said}"):
         run(tmp_path, model=model, resume=True, **change)
     assert same(before, model.state_dict())
+
+
+def test_a_state_that_could_not_be_read_back_shows_at_the_start(tmp_path):
+    model = net()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    optimizer.param_groups[0]["note"] = Stopped("an object")
+    with pytest.raises(CheckpointError, match=r"holds more than tensors, .*Stopped") as caught:
+        fit(model, DIGITS.loaders(32), epochs=1, optimizer=optimizer, checkpoint=tmp_path / "last.pt", progress=False)
+    assert "\n" not in str(caught.value)
 
 
 @pytest.fixture

@@ -156,7 +156,7 @@ class StreamLoader:
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         first, self._resume = self._batch if self._resume else 0, False
         epoch, self._batch = self._epoch, first
-        for number, batch in enumerate(self._loader, first):
+        for number, batch in enumerate(self._read(), first):
             if isinstance(batch, str):
                 raise DataError(batch)
             # Before the yield, so that a state saved while the caller holds this batch continues with the next one.
@@ -165,6 +165,14 @@ class StreamLoader:
             if len(batch[1]):
                 images, labels = (t.to(self.device, non_blocking=True) for t in batch)
                 yield images.permute(0, 3, 1, 2).float().mul_(self._scale).add_(self._shift), labels
+
+    def _read(self) -> Iterator[Any]:
+        try:
+            yield from self._loader
+        except RuntimeError as error:
+            if "DataLoader worker (pid" not in str(error):
+                raise
+            raise DataError(f"imagenet: a worker died ({' '.join(str(error).split())}); try fewer workers") from error
 
     def keys(self) -> Iterator[tuple[int, list[int]]]:
         """(epoch, numbers of images) for each batch that is left of this epoch."""

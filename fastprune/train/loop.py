@@ -192,8 +192,9 @@ class _Run:
         about |= {"method": f"{self.method.name} {self.method.options}"} if self.method else {}
         about |= {"precision": s.precision, "accumulate": str(s.accumulate), "ema": str(s.ema)}
         about |= {"processes": str(parallel.processes())}
+        about["training data"] = type(self.train).__name__
         if hasattr(self.train, "__len__"):
-            about["batches of an epoch"] = str(len(self.train))
+            about["training data"] += f" of {len(self.train)} batches"
         return about | {name: f"{tuple(t.shape)}" for name, t in self.model.state_dict().items()}
 
     def begin(self, resume: bool, over: Callable[[], bool]) -> None:

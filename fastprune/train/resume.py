@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import os
+import pickle
 import random
 import time
 import warnings
@@ -70,7 +71,13 @@ def read_state(path: Path) -> dict[str, Any]:
     body = memoryview(data)[head:]
     if hashlib.sha256(body).hexdigest().encode() + b"\n" != data[len(MAGIC) : head]:
         raise CheckpointError(f"fit: {path} is damaged; delete it to start anew, or put a copy of it back")
-    return torch.load(io.BytesIO(body), map_location="cpu", weights_only=True)
+    try:
+        return torch.load(io.BytesIO(body), map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError) as error:
+        what = str(error).partition("GLOBAL ")[2].partition(" was not")[0] or type(error).__name__
+        raise CheckpointError(
+            f"fit: {path} holds more than tensors, numbers, strings, lists and dicts ({what}); give states that do not"
+        ) from error
 
 
 class Checkpoints:
@@ -117,6 +124,7 @@ class Checkpoints:
 
         Raises:
             TrainingError: It cannot be written, or the weights are not finite.
+            CheckpointError: A part has a state that could not be read back.
         """
         start = time.monotonic()
         if self.path is None or not parallel.as_first_says(must or start >= self._not_before):
@@ -128,6 +136,8 @@ class Checkpoints:
             try:
                 position = 0 if self.log is None else self.log.position()
                 write_state(self.path, {"about": self.about, "where": where, "log": position} | state)
+                if self.last is None:
+                    read_state(self.path)  # what cannot be read back shows at once, and not after a kill
                 self.last = where
             except OSError as error:
                 self._failed(error, where)
@@ -154,7 +164,8 @@ class Checkpoints:
 
         Raises:
             ValueError: There is no path.
-            CheckpointError: The file is damaged, or another run's; nothing was changed.
+            CheckpointError: The file is damaged, or another run's; nothing was changed, unless a part refuses a state
+                that should fit.
         """
         if self.path is None:
             raise ValueError("fit: resume=True needs checkpoint, the file to continue from")
@@ -169,7 +180,11 @@ class Checkpoints:
                     "make everything as it was"
                 )
         for name, part in self.parts.items():
-            part.load_state_dict(state[name])
+            try:
+                part.load_state_dict(state[name])
+            except (KeyError, RuntimeError, TypeError, ValueError) as error:
+                text = " ".join(str(error).split())
+                raise CheckpointError(f"fit: {self.path} does not fit: its {name} is refused ({text})") from error
         self.last = state["where"]
         state["local"] = state["local"][parallel.rank()]
         _set_random_state(state["local"]["rng"], self.parts["model"])
