@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from torch import Tensor, nn
 
 from fastprune import checkpoint, data, methods, models
@@ -264,7 +265,9 @@ def test(
     options, noted = dict(options or {}), _noted_shape(document)
     if dataset == "imagefolder" and noted:
         options = {"image_size": noted[1]} | options
-    images = data.load(dataset, root, device=device, limit=limit, **options)
+    known = _data_of_run(path, dataset)
+    options = known.pop("options", {}) | options
+    images = data.load(dataset, root, device=device, limit=limit, **known, **options)
     loader = images.loaders(batch_size).test
     small = small.to(device)
     with running(f"images of {dataset}, {text_of(images.image_shape)}"):
@@ -281,6 +284,22 @@ def test(
     if with_latency:
         print(latency(small, next(iter(loader))[0][:batch_size]))
     return 0
+
+
+def _data_of_run(path: Path, dataset: str) -> dict[str, Any]:
+    """How the run that a network lies in brought these images to it: options, and mean and std other than usual."""
+    recipe = path.parent / "recipe.yaml"
+    try:
+        about = yaml.safe_load(recipe.read_text()) if recipe.is_file() else None
+    except (yaml.YAMLError, RecursionError, ValueError) as error:
+        raise ValueError(f"{recipe}: no valid YAML; mend or remove it") from error
+    about = about.get("data") if isinstance(about, dict) else None
+    if not isinstance(about, dict) or about.get("name") != dataset:
+        return {}
+    found = {key: tuple(about[key]) for key in ("mean", "std") if isinstance(about.get(key), list)}
+    if found:
+        print(f"normalised as in {recipe}: {', '.join(f'{key} {list(value)}' for key, value in found.items())}")
+    return found | {"options": about["options"]} if isinstance(about.get("options"), dict) else found
 
 
 def shrink(

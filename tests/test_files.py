@@ -119,6 +119,17 @@ def test_eval_is_what_python_finds(capsys, small):
     assert code == 0 and f"{acc:.2%} right of 360 test images" in said and "whole, without hooks" in said
 
 
+def test_eval_sees_images_as_the_run_did(capsys, small, tmp_path):
+    path = tmp_path / "pruned.safetensors"
+    path.write_bytes(small.read_bytes())
+    (tmp_path / "recipe.yaml").write_text("data: {name: digits, mean: [0.2], std: [0.9]}\n")
+    code, said, _ = call(capsys, "eval", path, "--dataset", "digits", "--device", "cpu")
+    test = fp.data.load("digits", mean=(0.2,), std=(0.9,)).loaders(250).test
+    assert code == 0 and f"{evaluate(fp.load(path), test)['acc']:.2%} right" in said and "mean [0.2]" in said
+    (tmp_path / "recipe.yaml").write_text("data: [")
+    assert "recipe.yaml: no valid YAML" in refused(capsys, "eval", path, "--dataset", "digits")
+
+
 def test_show(capsys, small, trained):
     code, said, _ = call(capsys, "show", small, "--lists")
     macs, params = ([fp.flops(fp.load(p), X[:1])[key] for p in (small, trained)] for key in ("macs", "params"))

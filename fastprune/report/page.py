@@ -378,7 +378,7 @@ def ridges(entry: Entry, run: Run, histograms: list[Histogram], ident: str) -> F
         moments = [moments[round(i * last / (MOST_RIDGES - 1))] for i in range(MOST_RIDGES)]
     x = Scale(low, high, "importance" + (" (log scale)" if log else ""), log=log)
     edges = histograms[0].edges
-    if edges[-1] != high or any(h.edges != edges for h in histograms):
+    if len(edges) > 2 * BINS or edges[-1] != high or any(h.edges != edges for h in histograms):
         edges = [low * (high / low) ** (i / BINS) if log else low + i * (high - low) / BINS for i in range(BINS + 1)]
     sums = {m: rebinned([h for h in histograms if h.epoch == m], edges) for m in moments}
     most = max(1.0, *(max(counts) for counts in sums.values()))
@@ -465,9 +465,10 @@ def costs(entries: list[Entry]) -> list[dict[str, Any]]:
             facts, method = entry.first.facts, phases[0].method
             rates = [v for phase in phases for _, v in phase.curve("images_per_s")]
             same = tuple(
-                str(facts.get(key)) for key in ("dataset", "arch", "model", "batch_size", "precision", "device")
+                str(facts.get(key))
+                for key in ("dataset", "arch", "batch_size", "precision", "device", "device_name", "threads")
             )
-            dense = name == "train" and facts.get("arch", facts.get("model")) is not None
+            dense = name == "train" and facts.get("arch") is not None
             rows.append(
                 {
                     "entry": entry, "phase": name, "method": method or UNKNOWN, "ms": statistics.median(times),

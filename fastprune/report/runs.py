@@ -310,9 +310,13 @@ def _read_recipe(run: Run) -> None:
             if phase.method != "none":
                 run.facts["method"] = phase.method
             run.facts |= {key: about[key] for key in ("batch_size", "lr") if key in about and key not in run.facts}
-    for key, part in (("arch", "model"), ("dataset", "data")):
+    for key, part, inner in (
+        ("arch", "model", "name"),
+        ("dataset", "data", "name"),
+        ("precision", "engine", "precision"),
+    ):
         if isinstance(recipe.get(part), dict):
-            run.facts[key] = recipe[part].get("name")
+            run.facts[key] = recipe[part].get(inner)
 
 
 def _read_about(run: Run, about: dict[str, Any]) -> None:
