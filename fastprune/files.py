@@ -7,6 +7,7 @@ import json
 import os
 import re
 import sys
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -221,10 +222,10 @@ def network(
         if classes is not None or weights is not None:
             raise ValueError(f"--classes and --weights are for networks by name; {path} is a file")
         return checkpoint.load(path, maker(model) if model else None), checkpoint.read(path)
-    if weights is None:
-        return models.create(name, 1000 if classes is None else classes), None
-    with running(f"weights {weights}", "; fp.models' own have none"):
-        return models.create(name, 1000 if classes is None else classes, weights=weights), None
+    made_of = {} if weights is None else {"weights": weights}
+    with running(f"weights {weights}", "; fp.models' own have none"), warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # of torchvision, about how it will initialise
+        return models.create(name, 1000 if classes is None else classes, **made_of), None
 
 
 def _shape(shape: Shape | None, document: dict[str, Any] | None) -> Shape:
@@ -267,7 +268,13 @@ def test(
         options = {"image_size": noted[1]} | options
     known = _data_of_run(path, dataset)
     options = known.pop("options", {}) | options
-    images = data.load(dataset, root, device=device, limit=limit, **known, **options)
+    try:
+        images = data.load(dataset, root, device=device, limit=limit, **known, **options)
+    except (RuntimeError, TypeError) as error:  # a value that makes no sense to the data set
+        if isinstance(error, FastpruneError):
+            raise
+        reason = str(error).partition("\n")[0]
+        raise ValueError(f"{dataset} cannot be made with {options}: {reason}; mend what --set says") from error
     loader = images.loaders(batch_size).test
     small = small.to(device)
     with running(f"images of {dataset}, {text_of(images.image_shape)}"):
@@ -346,7 +353,7 @@ def shrink(
     if keep is not None:
         masks, pruner = _masks(keep, {key: group.size for key, group in graph.groups.items()}), None
     else:
-        pruner = methods.create(method, net, x, **aim, **(options or {}))
+        pruner = methods.create(int(method) if method.isdecimal() else method, net, x, **aim, **(options or {}))
         if _needs_steps(pruner):
             raise ValueError(
                 f"--method: {method} needs training steps; use your own loop (docs/plug-into-your-loop.md), or one of "

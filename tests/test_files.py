@@ -213,7 +213,7 @@ def test_own_network(capsys, own):
     [
         (("compact", "NET", "--out", "OUT", "--method", "l11"), "did you mean 'l1'"),
         (("compact", "NET", "--out", "OUT", "--method", "greg-1"), "needs training steps"),
-        (("compact", "NET", "--out", "OUT", "--method", "taylor-gate"), "needs training steps"),
+        (("compact", "NET", "--out", "OUT", "--method", "22"), "needs training steps"),
         (("compact", "NET", "--out", "OUT", "--set", "rund_to=8"), "did you mean 'round_to'"),
         (("compact", "NET", "--out", "OUT", "--set", "round_to=x"), "must be int | None"),
         (("compact", "NET", "--out", "OUT", "--set", "round_to"), "expected name=value"),
@@ -238,6 +238,9 @@ def test_own_network(capsys, own):
         (("eval", "NET", "--dataset", "digts"), "did you mean 'digits'"),
         (("eval", "NET", "--dataset", "synthetic"), "does not run on images of synthetic"),
         (("eval", "NET", "--dataset", "digits", "--set", "image_size=9"), "has no option 'image_size'"),
+        (("eval", "NET", "--dataset", "synthetic", "--set", "size=-3"), "mend what --set says"),
+        (("eval", "NET", "--dataset", "synthetic", "--set", "size=x"), "mend what --set says"),
+        (("eval", "NET", "--dataset", "synthetic", "--set", "classes=1000000000000"), "mend what --set says"),
         (("eval", "NET", "--dataset", "digits", "--device", "cuda:77"), "no device"),
         (("eval", "NET", "--dataset", "digits", "--device", "meta"), "no device"),
         (("eval", "NET"), "--dataset"),

@@ -28,6 +28,8 @@ def run(folders: Sequence[str | os.PathLike], out: str | os.PathLike, *, title: 
         OSError: ``out`` cannot be written.
     """
     out, paths, left_out = Path(out), [], []
+    if out.is_dir():
+        raise ValueError(f"report: expected a file to write, such as report.html, got {out}, which is a folder")
     for folder in map(Path, folders):
         found = find(folder)
         paths += found
