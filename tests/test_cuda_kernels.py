@@ -197,6 +197,8 @@ def test_resnet50_in_bfloat16_is_read_once():
         assert kept(forward) == 1, (C, S, forward)
         assert kept(backward) == 1 or (S == 3136 and kept(backward) > 0.5), (C, S, backward)
         assert forward["vectors"] and backward["vectors"]
+        # two blocks on a multiprocessor, which has 228 KB and keeps 1 KB of each block's
+        assert S == 3136 or 2 * (forward["shared"] + 1024) <= 228 << 10, (C, S, forward)
     assert 0.2 < kept(plan(256, 64, 12544))
     for C, S in [(512, 49), (2048, 49)]:
         assert kept(plan(256, C, S, "nhwc")) == 1

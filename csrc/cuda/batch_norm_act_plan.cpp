@@ -11,6 +11,7 @@ namespace {
 constexpr int64_t kVectorBytes = 16;
 constexpr int64_t kSmall = 16 << 20;   // bytes that L2 surely still has when they are read again (A100: 40 MB)
 constexpr int64_t kTiny = 2 << 20;     // bytes below which one launch wins, whatever its loads look like
+constexpr int kReserved = 1 << 10;     // bytes of shared memory that each block costs besides its own
 constexpr int64_t kRun = 256;          // bytes of a sample that a slab of small planes should have side by side
 constexpr int kBlocksAtLeast = 128;    // of a fused launch, so that most multiprocessors have one
 constexpr double kKeepAtLeast = 0.25;  // of a large tensor in shared memory, else three launches
@@ -160,7 +161,7 @@ Launch plan(const Problem& p, const Limits& limits) {
   if (s.join == 1 && most > 0) {
     Launch l;
     for (int64_t cluster = 1; cluster <= most; cluster *= 2) {
-      l = fused(cluster, limits.shared / 2);
+      l = fused(cluster, (limits.shared - kReserved) / 2);
       const bool enough = bytes <= kTiny || int64_t{l.slabs} * l.chunks >= kBlocksAtLeast;
       if (kept == 1 && enough) return l;
       if (cluster * 2 > most) l = fused(cluster, limits.shared);

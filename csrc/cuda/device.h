@@ -61,10 +61,11 @@ __device__ inline void store(T* p, T value) {
   *p = value;
 }
 
-// Thread block clusters; before sm_90 a block is its own cluster.
+// Thread block clusters; before sm_90 a block is its own cluster.  Not .aligned: threads come here from loops of their
+// own.
 __device__ inline void cluster_sync() {
 #if __CUDA_ARCH__ >= 900
-  asm volatile("barrier.cluster.arrive.aligned;\nbarrier.cluster.wait.aligned;" ::: "memory");
+  asm volatile("barrier.cluster.arrive;\nbarrier.cluster.wait;" ::: "memory");
 #else
   __syncthreads();
 #endif
