@@ -68,7 +68,10 @@ if [ "$DEVICE" = cuda ]; then
   rows=()
   nets=(resnet50 resnet56)
   quick=() quick_norm=(--sample-ms 2 --per-channel) quick_net=() quick_step=() quick_steps=() quick_growing=()
-  first=(tests/test_batch_norm_act.py) others=(tests)
+  first=(tests/test_batch_norm_act.py) others=()
+  for op in channel_gate filter_sums gate_sums gram_penalty growing_sgd masked_conv2d scale_penalty; do
+    others+=("tests/test_$op.py")
+  done
   convs=(--dtypes bfloat16 --dead 0.75)
 else
   export FASTPRUNE_TEST_BACKENDS=${FASTPRUNE_TEST_BACKENDS:-eager,triton}
@@ -105,10 +108,12 @@ norm() { bench "$1" "$2" ops.batch_norm_act --shapes "${norms[@]}" --dtypes bflo
 
 tested tests_batch_norm_act 100 "${first[@]}"
 norm batch_norm_act 60 --what relu
-tested tests 150 "${others[@]}"
-for net in "${nets[@]}"; do bench "methods_$net" 60 e2e.methods --nets "$net" --amp "${quick_net[@]}"; done
+tested tests_ops 120 "${others[@]}"
+for net in "${nets[@]}"; do bench "methods_$net" 90 e2e.methods --nets "$net" --amp "${quick_net[@]}"; done
 if [ "$DEVICE" = cuda ]; then
   norm batch_norm_act_compile 120 --what relu --compile
+  step tests_rest 100 "$PYTHON" -m pytest -q -m gpu -n "${WORKERS:-12}" -p no:cacheprovider tests \
+    "${first[@]/#/--ignore=}" "${others[@]/#/--ignore=}"
   # without the allocator's cache every tensor has bounds of its own; both at once, nothing is timed here
   sanitize=("$PYTHON" -m pytest -q -p no:cacheprovider tests/test_batch_norm_act.py tests/test_triton_kernels.py -m gpu)
   for tool in memcheck racecheck; do

@@ -92,7 +92,7 @@ def test_some_of_it_for_real_on_a_cpu(tmp_path):
     )  # fmt: skip
     logs = "\n".join(path.read_text() for path in (tmp_path / "out").glob("*.log"))
     assert code == 0 and "sanitizer" not in calls and "pip install" not in calls, logs
-    assert re.search(r"\| tests \| passed \| \d+ \| \d+ passed", summary), summary
+    assert re.search(r"\| tests_ops \| passed \| \d+ \| \d+ passed", summary), summary
     assert "resnet20 nhwc bf16 tpp" in summary and f"0 missed, {len(wanted([]))} not yet measured" in summary
     tables = (tmp_path / "out" / "tables.md").read_text()
     assert "**batch_norm_act**" in tables and "**methods**" in tables
@@ -100,10 +100,11 @@ def test_some_of_it_for_real_on_a_cpu(tmp_path):
 
 
 def test_a_failure_stops_nothing_and_is_the_exit_code(tmp_path):
-    code, summary, calls = run(tmp_path, failing="pytest -q -m gpu")
+    code, summary, calls = run(tmp_path, failing="pytest -q -m gpu -n 12 -p no:cacheprovider tests/test_b")
     assert code == 1
-    assert "| tests | failed (3) |" in summary and "this went wrong" in summary
+    assert "| tests_batch_norm_act | failed (3) |" in summary and "this went wrong" in summary
     assert "tested= -m bench.ops.batch_norm_act --device cuda --no-gate" in calls  # so that rows are unverified
+    assert "tested=1 -m bench.ops.channel_gate --device cuda --shapes" in calls
 
 
 def test_without_kernels_it_goes_on(tmp_path):
