@@ -11,6 +11,7 @@
 #
 #   PYTHON=python3.12  the interpreter        BUDGET_S=570  seconds for all steps        WORKERS=12  of pytest
 #   COMMIT=...         what the rows call the commit where there is no git
+#   ONLY='build|compile'    only steps whose names match; benches whose tests do not run then run them themselves
 #   GPU_CHECK_DEVICE=cpu    the same steps on a CPU, tiny: to see that the script works, not to believe
 set -uo pipefail
 cd "$(dirname "$0")/.."
@@ -41,6 +42,7 @@ printf '| step | result | seconds | last line |\n| --- | --- | ---: | --- |\n' >
 step() {
   local name=$1 limit=$2 started=$SECONDS status result
   shift 2
+  [[ $name =~ ${ONLY:-.} ]] || return 0
   local left=$((BUDGET_S - SECONDS))
   if [ "$left" -lt 5 ]; then
     status=125
@@ -95,11 +97,12 @@ fi
 step doctor 30 "$PYTHON" -m fastprune doctor
 
 tested() { # NAME SECONDS TESTS...: whether the benches that follow are of tested kernels
+  unset FASTPRUNE_TESTED
+  gate=()
+  [[ $1 =~ ${ONLY:-.} ]] || return 0
   if step "$1" "$2" "$PYTHON" -m pytest -q -m gpu -n "${WORKERS:-12}" -p no:cacheprovider "${@:3}"; then
     export FASTPRUNE_TESTED=1 # they need not run them again
-    gate=()
   else
-    unset FASTPRUNE_TESTED
     gate=(--no-gate) # their rows will say that they are unverified
   fi
 }
@@ -122,8 +125,6 @@ if [ "$DEVICE" = cuda ]; then
     step "${tool}_tests" 75 "${checker[@]}" "${sanitize[@]}" -k "split_sums or every_shape and not 112" &
   done
   wait
-  bench methods_compile 100 e2e.methods --nets resnet56 resnet50 --layouts nhwc --amp \
-    --impls eager torch.compile greg-1+compile tpp+compile
   bench methods_graph 60 e2e.methods --nets resnet56 --layouts nhwc --amp \
     --impls eager eager+graph fused+graph greg-1+graph tpp+graph taylor-gate+graph
 fi
@@ -134,6 +135,12 @@ bench statistics 40 e2e.statistics "${quick_steps[@]}" --page "$OUT/statistics.m
 bench growing 50 e2e.growing "${quick_steps[@]}" "${quick_growing[@]}" --page "$OUT/growing.md"
 bench step 40 e2e.step "${quick_step[@]}"
 norm batch_norm_act_others 60 --what add bn eval
+if [ "$DEVICE" = cuda ]; then
+  for net in resnet56 resnet50; do # half a minute and more for each network that is compiled
+    bench "methods_compile_$net" 150 e2e.methods --nets "$net" --layouts nhwc --amp \
+      --impls eager torch.compile greg-1+compile tpp+compile rni+compile
+  done
+fi
 
 results=$OUT/rows
 if [ "$DEVICE" = cuda ]; then

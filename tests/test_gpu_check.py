@@ -107,6 +107,12 @@ def test_a_failure_stops_nothing_and_is_the_exit_code(tmp_path):
     assert "tested=1 -m bench.ops.channel_gate --device cuda --shapes" in calls
 
 
+def test_some_steps_can_be_chosen(tmp_path):
+    code, summary, calls = run(tmp_path, ONLY="doctor|compile_resnet50")
+    assert code == 0 and summary.count("| passed |") == 2 and "pytest" not in calls.replace(str(tmp_path), "")
+    assert "tested= -m bench.e2e.methods --device cuda --nets resnet50" in calls  # it runs its tests itself
+
+
 def test_without_kernels_it_goes_on(tmp_path):
     code, summary, _ = run(tmp_path, failing="no-build-isolation")
     assert code == 1 and "| build | failed (3) |" in summary and "| build_without_kernels | failed (3) |" in summary
