@@ -251,10 +251,6 @@ ANY = "greg/resnet56-cifar10-greg1-0.5"
         ({"data.mean": [0.5, "x", 0.5]}, "data.mean[1]: expected a number, got 'x'"),
         ({"model.name": "resnet65"}, "model.name: unknown name 'resnet65'; did you mean 'resnet56'?"),
         ({"model": {"name": "resnet50", "weights": "V1"}}, "model.weights: unknown name 'V1'"),
-        (
-            {"prune.epochs": 0, "prune.method": "fisher", "prune.options": {"per_cut": 1}},
-            "unknown name 'update_interval'",
-        ),
         ({"engine.ema": 1.5}, "engine.ema: expected between 0 and 1, got 1.5"),
         ({"engine.precision": "fp8"}, "engine.precision: expected one of fp32, bf16, fp16, got 'fp8'"),
         ({"model.weights": "IMAGENET1K_V1"}, "model.weights: resnet56 has no published weights"),
