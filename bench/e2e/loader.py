@@ -144,7 +144,8 @@ def render() -> None:
         facts = rows[-1]["provenance"]
         text.append(f"## {facts['device']}\n\ntorch {facts['torch']}, {facts['date'][:10]}, commit {facts['commit']}.")
         threads = {row["case"]["threads"] for row in rows}
-        text[-1] += f" {facts['cpus']} CPUs, threads of the model: {', '.join(map(str, sorted(threads)))}.\n"
+        text[-1] += f" {facts['cpus']} CPUs, threads of the model: {', '.join(map(str, sorted(threads)))}; "
+        text[-1] += f"others were at work, load average {facts['load']}: compare within a row only.\n"
         text.append("| data | workers | batch | loader | model | step | ratio |\n|---|--:|--:|--:|---|--:|--:|")
         for row in rows:
             c, speed = row["case"], {k: "{:.0f} ({:.0f}-{:.0f})".format(*v) for k, v in row["images_per_s"].items()}
