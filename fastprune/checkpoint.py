@@ -138,7 +138,7 @@ def save(
         "lists": [list(ranges) for ranges in lists],
         "keep": keep,
         "numbers": numbers,
-        "method": None if method is None else _json(_about(method), "method"),
+        "method": None if method is None else _json(about_method(method), "method"),
         "recipe": _json(recipe, "recipe"),
         "extra": _json(extra, "extra"),
     }
@@ -237,7 +237,8 @@ def _ranges(indices: Tensor) -> tuple[int, ...]:
     return tuple(torch.stack([indices[starts], indices[stops] + 1], 1).flatten().tolist())
 
 
-def _about(method: Any) -> dict[str, Any]:
+def about_method(method: Any) -> dict[str, Any]:
+    """Name, ratio, scope, target and options of a method; options that are no JSON by the name of their type."""
     if not hasattr(method, "options"):
         raise ValueError(f"save: expected method to be what fastprune.create returned, got {method!r:.100}")
     about = {name: getattr(method, name) for name in ("name", "ratio", "scope")}

@@ -153,7 +153,7 @@ def test_a_damaged_or_foreign_file_is_one_line(damage, tmp_path):
     [
         ({"model": 12}, r"0\.bias is \(8,\) there, \(12,\) here"),
         ({"batch_size": 16}, "training data is Loader of 4 batches there, Loader of 8 batches here"),
-        ({"method": "slimming"}, "method is nothing there, slimming"),
+        ({"method": "slimming"}, "method is nothing there, {'name': 'slimming'"),
         ({"ema": 0.9}, r"ema is None there, 0\.9 here"),
         ({"precision": "bf16"}, "precision is fp32 there, bf16 here"),
     ],
@@ -165,6 +165,22 @@ def test_a_file_of_another_run_changes_nothing(change, said, tmp_path):
     with pytest.raises(CheckpointError, match=rf"last\.pt is of another run: .*{said}"):
         run(tmp_path, model=model, resume=True, **change)
     assert same(before, model.state_dict())
+
+
+def test_options_that_are_objects_are_the_same_run_in_another_process(tmp_path):
+    def start(ratio=0.5, resumed=False):
+        model, batch = net(), (torch.zeros(2, 1, 8, 8), torch.zeros(2, dtype=torch.long))
+        options = {"data": [batch], "loss": lambda out, y: nn.functional.cross_entropy(out, y)}
+        method = fp.create("oracle", model, batch[0], ratio, **options)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+        files = {"checkpoint": tmp_path / "last.pt", "resume": resumed}
+        return fit(model, DIGITS.loaders(64), epochs=1, optimizer=optimizer, method=method, progress=False, **files)
+
+    assert list(start()) == list(start(resumed=True))
+    with pytest.raises(
+        CheckpointError, match=r"another run: method is .*'ratio': 0\.5.* there, .*'ratio': 0\.4.* here"
+    ):
+        start(ratio=0.4, resumed=True)
 
 
 def test_a_state_that_could_not_be_read_back_shows_at_the_start(tmp_path):

@@ -145,10 +145,10 @@ def render() -> None:
         text.append(f"## {facts['device']}\n\ntorch {facts['torch']}, {facts['date'][:10]}, commit {facts['commit']}.")
         threads = {row["case"]["threads"] for row in rows}
         text[-1] += f" {facts['cpus']} CPUs, threads of the model: {', '.join(map(str, sorted(threads)))}; "
-        text[-1] += f"others were at work, load average {facts['load']}: compare within a row only.\n"
+        text[-1] += f"load average of the machine {facts['load']}: numbers compare within a row.\n"
         text.append("| data | workers | batch | loader | model | step | ratio |\n|---|--:|--:|--:|---|--:|--:|")
         for row in rows:
-            c, speed = row["case"], {k: "{:.0f} ({:.0f}-{:.0f})".format(*v) for k, v in row["images_per_s"].items()}
+            c, speed = row["case"], {k: "{:.4g} ({:.4g} to {:.4g})".format(*v) for k, v in row["images_per_s"].items()}
             kind = f"{c['model']}, {c['precision']}{', channels_last' * c['channels_last']}"
             workers = "-" if c["workers"] is None else c["workers"]
             cells = [c["data"], workers, c["batch_size"], speed["loader"], kind, speed["step"], row["ratio"]]

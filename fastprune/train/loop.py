@@ -20,6 +20,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
 
 from fastprune import parallel
+from fastprune.checkpoint import about_method
 from fastprune.errors import DataError, TrainingError
 from fastprune.methods import Method
 from fastprune.methods.iterative import IterativeMethod
@@ -189,7 +190,7 @@ class _Run:
         s, sizes = self.settings, [len(group["params"]) for group in self.optimizer.param_groups]
         about = {"optimizer": f"{type(self.optimizer).__name__} of {sizes} parameters"}
         about |= {"schedule": f"{type(self.schedule).__name__} by {self.schedule_every}"} if self.schedule else {}
-        about |= {"method": f"{self.method.name} {self.method.options}"} if self.method else {}
+        about |= {"method": str(about_method(self.method))} if self.method else {}
         about |= {"precision": s.precision, "accumulate": str(s.accumulate), "ema": str(s.ema)}
         about |= {"processes": str(parallel.processes())}
         about["training data"] = type(self.train).__name__
