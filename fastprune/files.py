@@ -72,7 +72,7 @@ def show(path: Path, *, shape: Shape | None = None, lists: bool = False, as_json
     numbers = [sum(map(_count, of.values())) for of in (before, sizes)]
     facts["tensors"] = f"{_change(*numbers)} numbers, statistics included"
     if document["architecture"] is not None:
-        facts |= _cost(path, document, shape or _noted_shape(document))
+        facts |= _cost(path, document, shape or _noted_shape(document, path))
     for key in ("recipe", "extra"):
         if document[key]:
             facts[key] = json.dumps(document[key])
@@ -155,9 +155,15 @@ def _cost(path: Path, document: dict[str, Any], shape: Shape | None) -> dict[str
     return facts | {"MACs": f"{_change(*macs)}, for an input of {text_of(shape)}"}
 
 
-def _noted_shape(document: Mapping[str, Any]) -> Shape | None:
+def _noted_shape(document: Mapping[str, Any], path: Path) -> Shape | None:
+    """Of an input: as the file says, or the run that it lies in."""
     extra = document["extra"]
     noted = extra.get("input") if isinstance(extra, dict) else None
+    if noted is None and (about := path.parent / "run.json").is_file():
+        try:
+            noted = json.loads(about.read_text())["data"]["image_shape"]
+        except (ValueError, KeyError, TypeError, RecursionError):
+            return None
     fits = isinstance(noted, list) and len(noted) == 3 and all(type(n) is int and 0 < n < 1 << 15 for n in noted)
     return tuple(noted) if fits and _count(noted) <= 1 << 24 else None  # nobody's file makes us fill the memory
 
@@ -228,8 +234,8 @@ def network(
         return models.create(name, 1000 if classes is None else classes, **made_of), None
 
 
-def _shape(shape: Shape | None, document: dict[str, Any] | None) -> Shape:
-    shape = shape or (_noted_shape(document) if document else None)
+def _shape(shape: Shape | None, document: dict[str, Any] | None, path: Path) -> Shape:
+    shape = shape or (_noted_shape(document, path) if document else None)
     if shape is None:
         raise ValueError("expected the size of an input, which is not noted in the file: --input 3x224x224")
     return shape
@@ -263,7 +269,7 @@ def test(
     """
     device = device or ("cuda:0" if torch.cuda.is_available() else "cpu")
     small, document = network(str(path), model)
-    options, noted = dict(options or {}), _noted_shape(document)
+    options, noted = dict(options or {}), _noted_shape(document, path)
     if dataset == "imagefolder" and noted:
         options = {"image_size": noted[1]} | options
     known = _data_of_run(path, dataset)
@@ -343,7 +349,7 @@ def shrink(
     if keep is not None and (aim or options):
         raise ValueError(f"--keep says all; leave out {', '.join(sorted([*aim, *(options or {})]))}")
     net, document = network(name, model, classes=classes, weights=weights)
-    shape = _shape(shape, document)
+    shape = _shape(shape, document, Path(name))
     if keep is None and method == "rni" and document is None:
         convert_batchnorm(net, bound="sigmoid")
     with running(f"an input of {text_of(shape)}"):
@@ -446,7 +452,7 @@ def write(
     if out.suffix not in FORMATS.values():
         raise ValueError(f"--out: expected a name that ends in {' or '.join(FORMATS.values())}, got {out}")
     net, document = network(str(path), model)
-    shape = _shape(shape, document)
+    shape = _shape(shape, document, path)
     with running(f"an input of {text_of(shape)}"):
         x = torch.randn(batch or 2, *shape, generator=torch.Generator().manual_seed(0))
         net.eval()(x)

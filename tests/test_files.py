@@ -147,6 +147,22 @@ def test_show(capsys, small, trained):
     assert "nothing was removed" in call(capsys, "show", trained)[1]
 
 
+def test_size_of_an_input_is_the_runs(capsys, trained, tmp_path):
+    fp.save(fp.load(trained), path := tmp_path / "dense.safetensors")
+    assert "say of which input" in call(capsys, "show", path)[1]
+    (tmp_path / "run.json").write_text('{"data": {"image_shape": [1, 8, 8]}}')
+    assert "for an input of 1x8x8" in call(capsys, "show", path)[1]
+    for bad in (
+        "[",
+        "{}",
+        '{"data": []}',
+        '{"data": {"image_shape": [1, 30000, 30000]}}',
+        '{"data": {"image_shape": 3}}',
+    ):
+        (tmp_path / "run.json").write_text(bad)
+        assert "say of which input" in call(capsys, "show", path)[1]
+
+
 def test_show_a_run(capsys, trained):
     code, said, _ = call(capsys, "show", trained.parent / "run")
     assert code == 0 and "state    finished" in said and "vgg-small" in said
