@@ -36,7 +36,8 @@ INTRO = """# Loaders against models
 
 Written by `python -m bench.e2e.loader`. Images per second, medians over the rounds with the 20th and 80th percentile;
 loader and training step take turns, so neither disturbs the other. `ratio`: how many times faster the loader is than
-the step. Below 1 the model would wait.
+the step. Below 1 the model would wait. On a GPU: not yet measured; a GPU whose step takes n images per second needs as
+many workers as together decode n.
 """
 
 
@@ -148,13 +149,18 @@ def render() -> None:
         text[-1] += f"load average of the machine {facts['load']}: numbers compare within a row.\n"
         text.append("| data | workers | batch | loader | model | step | ratio |\n|---|--:|--:|--:|---|--:|--:|")
         for row in rows:
-            c, speed = row["case"], {k: "{:.4g} ({:.4g} to {:.4g})".format(*v) for k, v in row["images_per_s"].items()}
+            c, speed = row["case"], {k: _range(*v) for k, v in row["images_per_s"].items()}
             kind = f"{c['model']}, {c['precision']}{', channels_last' * c['channels_last']}"
             workers = "-" if c["workers"] is None else c["workers"]
             cells = [c["data"], workers, c["batch_size"], speed["loader"], kind, speed["step"], row["ratio"]]
             text.append("| " + " | ".join(map(str, cells)) + " |")
         text.append("")
     PAGE.write_text("\n".join(text))
+
+
+def _range(median: float, low: float, high: float) -> str:
+    style = ",.0f" if low >= 100 else ".1f"
+    return f"{median:{style}} ({low:{style}} to {high:{style}})"
 
 
 if __name__ == "__main__":
