@@ -31,7 +31,7 @@ HEAD = """\
 
 Written by `python -m bench.gpu_page` from the rows of `bench/gpu_check.sh`, which does everything on a machine with a
 GPU in ten minutes. What has no row is not yet measured; nothing here is estimated. What is known of the kernels without
-a GPU, registers and load widths, is printed by `python scripts/aot_check.py`.
+a GPU, registers and load widths, is in [aot.md](aot.md).
 
 **batch_norm_act**: forward and backward with ReLU in training, bfloat16, by the faster of our backends. *Share of a
 copy's GB/s*: bytes that the kernels move, by their own count, per time, over those of a device copy of x in the same

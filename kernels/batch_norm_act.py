@@ -306,7 +306,7 @@ def traffic(
 # ---- what scripts/aot_check.py compiles
 
 AOT_DTYPES = ("bf16", "fp16", "fp32")
-AOT_LIMITS = {"_bwd_sums_kernel": {"registers": 248}, "_bwd_fused_kernel": {"registers": 160}}  # with all four gates
+AOT_LIMITS = {"_bwd_sums_kernel": {"registers": 248}, "_bwd_fused_kernel": {"registers": 168}}  # with all four gates
 AOT_DEVICE = Device(processors=132, l2_bytes=60 << 20)  # an H200's slabs
 
 

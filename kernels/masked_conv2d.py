@@ -222,7 +222,10 @@ def weight_config(dtype: torch.dtype, outputs: int, inputs: int) -> dict[str, in
     most = 32 if dtype == torch.float32 else 64
     block_m = 16 if dtype == torch.float32 else 32
     block_n = fit(outputs, most)
-    return {"BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_K": fit(inputs, 32), "num_warps": 8 if block_n == 64 else 4}
+    cfg = {"BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_K": fit(inputs, 32), "num_warps": 8 if block_n == 64 else 4}
+    if torch.version.hip is None:
+        cfg["maxnreg"] = 168  # as in config
+    return cfg
 
 
 def _count(index: Tensor | None, channels: int) -> int:
@@ -318,7 +321,7 @@ def masked_conv2d_backward(
 
 
 AOT_DTYPES = ("fp32", "bf16", "fp16")
-AOT_LIMITS = {name: {"registers": 168} for name in ("_forward_kernel", "_data_kernel")}
+AOT_LIMITS = {name: {"registers": 168} for name in ("_forward_kernel", "_data_kernel", "_weight_kernel")}
 
 
 def aot(dtype: str) -> list[tuple]:

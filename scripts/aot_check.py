@@ -281,7 +281,7 @@ def main() -> int:
     else:
         widths = [max(map(len, column)) for column in zip(*table, strict=True)]
         print("\n".join("  ".join(c.ljust(w) for c, w in zip(cells, widths, strict=True)).rstrip() for cells in table))
-    print(f"{len(rows)} compiled, {len(failed)} failed", file=sys.stderr)
+    print(f"{len(todo)} compiled, {len(failed)} failed", file=sys.stderr)
     return int(bool(failed))
 
 

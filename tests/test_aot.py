@@ -122,6 +122,22 @@ def test_triton_launches_cooperatively_when_asked():
     )
 
 
+def test_the_committed_table_is_of_all_kernels_there_are():
+    """Else: python scripts/aot_check.py --write --jobs 2"""
+    done = aot_check("--list")
+    assert done.returncode == 0, done.stderr
+    there = {tuple(row.values()) for row in json.loads(done.stdout)}
+    root = SCRIPT.parent.parent
+    rows = [json.loads(line) for line in (root / "bench" / "results" / "aot.jsonl").read_text().splitlines()]
+    committed = {tuple(row[key] for key in ("kernel", "variant", "arch", "dtype")) for row in rows}
+    assert committed == there, f"gone: {committed - there}; new: {there - committed}"
+    assert len(rows) == len(committed) and all(row["verdict"] == "ok" for row in rows)
+    page = (root / "docs" / "results" / "aot.md").read_text()
+    for row in rows:
+        line = f"| {row['variant']} | {row['arch']} | {row['dtype']} | {row['registers']} | 0 | {row['shared']} |"
+        assert f"\n{line} " in page and f"\n## {row['kernel']}\n" in page
+
+
 @pytest.fixture
 def bad_kernels(tmp_path):
     """A checkout whose only kernels are one that loads element by element, one that spills, and ones beyond limits."""
