@@ -24,6 +24,8 @@ SHAPES += ("256x1024x14x14", "256x512x7x7", "256x2048x7x7")  # of ResNet-50 at b
 ENDS = ("16x128x32x32", "64x256x112x112")  # few channels with large planes, where published kernels lose to PyTorch
 LAYOUTS = ("nchw", "nhwc")
 STEPS = {"resnet56": 128, "resnet50": 256}
+FILES = ("batch_norm_act", "methods", "channel_gate", "filter_norm", "growing_sgd", "gram_penalty", "masked_conv2d")
+FILES += ("statistics", "growing", "step")  # what gpu_check writes
 METHODS = ("greg-1", "tpp", "rni", "taylor-gate")
 NOTHING = "not yet measured"
 HEAD = """\
@@ -169,6 +171,7 @@ def page(rows: Sequence[dict]) -> str:
 
 
 def gpu_rows(paths: Sequence[Path]) -> list[dict]:
+    paths = [path for path in paths if path.stem in FILES]
     return [row for row in table.latest(paths) if "cuda" in row["provenance"]]
 
 
