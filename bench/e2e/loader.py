@@ -130,7 +130,8 @@ def main() -> None:
             found = case(data, what["model"], what["batch_size"], args)
             spread = {name: [round(v, 1) for v in harness.spread(values)] for name, values in found.items()}
             ratio = statistics.median(found["loader"]) / statistics.median(found["step"])
-            rows.append({"bench": "loader", "case": what | setup, "images_per_s": spread, "ratio": round(ratio, 2)})
+            rows.append({"bench": "loader", "case": what | setup, "impl": "loader", "images_per_s": spread})
+            rows[-1]["ratio"] = round(ratio, 2)
             print(json.dumps(rows[-1]), flush=True)
     if not args.no_write:
         harness.finish(args, "loader", rows)
