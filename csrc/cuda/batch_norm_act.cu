@@ -778,12 +778,20 @@ __global__ void count_kernel(int64_t* tracked) { ++*tracked; }
 
 // ---- launches
 
+// An error that was seen must not meet PyTorch once more.
+cudaError_t seen(cudaError_t error) {
+  const cudaError_t last = cudaGetLastError();
+  return error != cudaSuccess ? error : last;
+}
+
+// `allowed` bytes of shared memory, and not `shared`, so that launches from two threads do not take it from each other.
 template <class Kernel, class... Args>
-cudaError_t launch(Kernel* kernel, dim3 grid, int threads, int cluster, size_t shared, void* stream, Args... args) {
+cudaError_t launch(Kernel* kernel, dim3 grid, int threads, int cluster, size_t shared, int allowed, void* stream,
+                   Args... args) {
   if (shared > 48 << 10) {
-    const cudaError_t error = cudaFuncSetAttribute(
-        reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared));
-    if (error != cudaSuccess) return error;
+    const cudaError_t error = cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
+                                                   cudaFuncAttributeMaxDynamicSharedMemorySize, allowed);
+    if (error != cudaSuccess) return seen(error);
   }
   cudaLaunchConfig_t config = {};
   config.gridDim = grid;
@@ -797,14 +805,13 @@ cudaError_t launch(Kernel* kernel, dim3 grid, int threads, int cluster, size_t s
   attribute.val.clusterDim.z = 1;
   config.attrs = &attribute;
   config.numAttrs = cluster > 1;
-  const cudaError_t error = cudaLaunchKernelEx(&config, kernel, args...);
-  return error != cudaSuccess ? error : cudaGetLastError();
+  return seen(cudaLaunchKernelEx(&config, kernel, args...));
 }
 
 template <class Kernel, class Args>
 int launch_grid(const Launch& l, Kernel* kernel, const Args& args, int streams, void* stream) {
   const dim3 grid(l.slabs, l.chunks, l.parts);
-  return launch(kernel, grid, l.threads, l.fused ? l.chunks : 1, shared_bytes(l, streams), stream, args);
+  return launch(kernel, grid, l.threads, l.fused ? l.chunks : 1, shared_bytes(l, streams), l.allowed, stream, args);
 }
 
 template <class T>
@@ -856,22 +863,22 @@ int launch_backward(const Launch& l, const Backward& a, Element element, void* s
 
 int launch_finalise_forward(const Forward& a, const Finalise& f, Element element, void* stream) {
   return by_element(element, [&](auto t) -> int {
-    return launch(finalise_forward_kernel<decltype(t)>, finalise_grid(f), kFinaliseThreads, 1, 0, stream, a, f);
+    return launch(finalise_forward_kernel<decltype(t)>, finalise_grid(f), kFinaliseThreads, 1, 0, 0, stream, a, f);
   });
 }
 
 int launch_finalise_backward(const Backward& a, const Finalise& f, Element element, void* stream) {
   return by_element(element, [&](auto t) -> int {
-    return launch(finalise_backward_kernel<decltype(t)>, finalise_grid(f), kFinaliseThreads, 1, 0, stream, a, f);
+    return launch(finalise_backward_kernel<decltype(t)>, finalise_grid(f), kFinaliseThreads, 1, 0, 0, stream, a, f);
   });
 }
 
 int launch_join_gates(const JoinGates& j, void* stream) {
   const dim3 grid(static_cast<unsigned>((j.samples * j.channels + kMaxThreads - 1) / kMaxThreads));
-  return launch(join_gates_kernel, grid, kMaxThreads, 1, 0, stream, j);
+  return launch(join_gates_kernel, grid, kMaxThreads, 1, 0, 0, stream, j);
 }
 
-int launch_count(int64_t* tracked, void* stream) { return launch(count_kernel, dim3(1), 1, 1, 0, stream, tracked); }
+int launch_count(int64_t* tracked, void* stream) { return launch(count_kernel, dim3(1), 1, 1, 0, 0, stream, tracked); }
 
 const char* error_string(int error) { return cudaGetErrorString(static_cast<cudaError_t>(error)); }
 
@@ -880,7 +887,7 @@ int limits_of(int device, Limits& limits) {
   cudaError_t error = cudaDeviceGetAttribute(&limits.shared, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
   if (error == cudaSuccess) error = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
   limits.cluster = 1;
-  if (error != cudaSuccess || major < 9) return error;
+  if (error != cudaSuccess || major < 9) return seen(error);
   // The largest portable cluster that the device can hold when its blocks take all shared memory (a slice of a GPU
   // may hold less than 8).
   const auto kernel = backward_kernel<bfloat16, 8, true, false>;
@@ -905,7 +912,7 @@ int limits_of(int device, Limits& limits) {
       break;
     }
   }
-  return error;
+  return seen(error);
 }
 
 }  // namespace fastprune::cuda

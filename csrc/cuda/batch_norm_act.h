@@ -48,6 +48,7 @@ struct Geometry {
 struct Launch {
   Geometry geometry;
   int threads = 0, slabs = 0, chunks = 0, parts = 1;  // grid (slabs, chunks, parts); fused: chunks blocks in a cluster
+  int allowed = 0;                                    // bytes of shared memory that a block may have here
   bool planes = false, vectors = false, fused = false;
   int join = 1;   // rows of C joined to one of whole vectors
   int share = 1;  // segments of a sample

@@ -73,6 +73,7 @@ Launch planes(const Shape& s, const Limits& limits, bool fused, int64_t chunks, 
   l.planes = true;
   l.fused = fused;
   l.threads = limits.threads;
+  l.allowed = limits.shared;
   g.segments = static_cast<int>(s.p.samples);
   g.pixels = g.part = static_cast<int>(s.pixels);
   const int64_t per_block = ceil_div(g.segments, chunks), cover = ceil_div(s.pixels, s.vec);
@@ -101,6 +102,7 @@ Launch columns(const Shape& s, const Limits& limits, bool fused, int lanes, int6
   Geometry& g = l.geometry;
   l.fused = fused;
   l.threads = limits.threads;
+  l.allowed = limits.shared;
   g.lanes = static_cast<int>(std::min<int64_t>(lanes, power_of_two(ceil_div(s.channels, s.vec))));
   g.slab = static_cast<int>(g.lanes * s.vec);
   if (s.p.per_sample) {
