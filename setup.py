@@ -5,7 +5,8 @@ FASTPRUNE_EXT = auto (default): build what can be built, and install without the
                 cuda:           build both or fail
                 none:           pure Python, ops run on eager PyTorch (and Triton on a GPU)
 
-TORCH_CUDA_ARCH_LIST chooses GPUs, as for PyTorch's own extensions; default "8.0;9.0".  No GPU is needed to build.
+TORCH_CUDA_ARCH_LIST chooses GPUs, as for PyTorch's own extensions; default "8.0;9.0+PTX", which later GPUs compile
+for themselves.  No GPU is needed to build.
 """
 
 import os
@@ -27,6 +28,7 @@ ISA = {
 }
 if platform.machine() not in ("x86_64", "AMD64"):
     ISA = {isa: [] for isa in ISA}  # other processors have none of these flags; run-time dispatch takes "base" there
+ARCHITECTURES = "8.0;9.0+PTX"
 CXX = [
     *("-O3", "-g0", "-std=c++17", "-fvisibility=hidden", "-Wall", "-Wextra"),
     "-DTORCH_TARGET_VERSION=0x020a000000000000",  # stable ABI of torch 2.10: one binary for that and every later torch
@@ -54,7 +56,7 @@ def extensions(with_cuda: bool):
             super().build_extension(ext)
 
         def build_cuda(self, ext):
-            os.environ.setdefault("TORCH_CUDA_ARCH_LIST", "8.0;9.0")
+            os.environ.setdefault("TORCH_CUDA_ARCH_LIST", ARCHITECTURES)
             try:
                 super().build_extension(ext)
             except Exception as error:
@@ -78,7 +80,7 @@ def extensions(with_cuda: bool):
     )
     built = [ext]
     if with_cuda:
-        arches = os.environ.get("TORCH_CUDA_ARCH_LIST", "8.0;9.0")
+        arches = os.environ.get("TORCH_CUDA_ARCH_LIST", ARCHITECTURES)
         facts = [f'-DFP_CUDA_ARCHITECTURES="{arches.replace(";", " ")}"', f'-DFP_NVCC="{nvcc_version(nvcc())}"']
         cuda = cpp_extension.CUDAExtension(
             "fastprune._C_cuda",

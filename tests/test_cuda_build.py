@@ -45,7 +45,8 @@ print(json.dumps([backends.cuda_build_info(), backends.report()["cuda"], registe
     assert done.returncode == 0, done.stderr
     info, report, registered = json.loads(done.stdout)
     assert info, f"nvcc and a PyTorch with CUDA are here, the extension is not: {report}; reinstall fastprune"
-    assert {"8.0", "9.0"} <= set(info["architectures"].split()) and re.fullmatch(r"\d+\.\d+", info["nvcc"])
+    assert {"8.0", "9.0"} <= set(info["architectures"].replace("+PTX", "").split())
+    assert re.fullmatch(r"\d+\.\d+", info["nvcc"])
     assert info["runtime"].split(".")[0] == torch.version.cuda.split(".")[0]
     assert report.startswith("ok: " if torch.cuda.is_available() else "installed, not in use: no CUDA device")
     assert registered == [True, True]
@@ -102,6 +103,11 @@ def test_both_architectures_have_every_kernel(kernels):
         by_arch.setdefault(arch, set()).add((name, arguments))
     assert {"sm_80", "sm_90"} <= set(by_arch)
     assert by_arch["sm_80"] == by_arch["sm_90"] and len(by_arch["sm_90"]) >= 32
+
+
+@needs_library
+def test_later_gpus_find_code_that_they_can_compile(kernels):
+    assert re.search(r"sm_90\.ptx", tool("cuobjdump", "-lptx", LIBRARY))
 
 
 @needs_library
