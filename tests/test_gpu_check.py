@@ -21,6 +21,7 @@ SCRIPT = Path(__file__).resolve().parent.parent / "bench" / "gpu_check.sh"
 
 STUB = """#!/usr/bin/env bash
 echo "tested=${FASTPRUNE_TESTED:-} $*" >> "$CALLS"
+echo "ext=${FASTPRUNE_EXT:-} backends=${FASTPRUNE_TEST_BACKENDS:-} $*" >> "$CALLS.env"
 [[ -n "${REAL:-}" && "$*" =~ $REAL ]] && exec "$REAL_PYTHON" "$@"
 case "$*" in
   *device_folder*) echo "$RESULTS" ;;
@@ -117,6 +118,20 @@ def test_without_kernels_it_goes_on(tmp_path):
     code, summary, _ = run(tmp_path, failing="no-build-isolation")
     assert code == 1 and "| build | failed (3) |" in summary and "| build_without_kernels | failed (3) |" in summary
     assert "| bench_batch_norm_act | passed |" in summary
+    calls = (tmp_path / "calls.env").read_text()
+    assert re.findall(r"ext=(\w+) \S+ -m pip", calls) == ["cuda", "cpu", "none"]
+    assert set(re.findall(r"backends=(\S*) -m pytest", calls)) == {"eager,triton"}  # no test asks for what is not there
+
+
+def test_a_process_without_compiled_kernels_collects_its_tests(tmp_path):
+    (tmp_path / "sitecustomize.py").write_text("import sys; sys.modules['fastprune._C'] = None")
+    env = os.environ | {
+        "PYTHONPATH": str(tmp_path), "FASTPRUNE_TEST_BACKENDS": "eager",
+        "PYTEST_ADDOPTS": re.search(r"PYTEST_ADDOPTS='(.*)'", SCRIPT.read_text())[1],
+    }  # fmt: skip
+    command = [sys.executable, "-m", "pytest", "-q", "--collect-only", "-p", "no:cacheprovider", "tests/test_gates.py"]
+    done = subprocess.run(command, env=env, cwd=SCRIPT.parent.parent, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
 
 
 @pytest.mark.skipif(shutil.which("compute-sanitizer") is not None, reason="it is there")
