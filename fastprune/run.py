@@ -37,6 +37,7 @@ from fastprune.recipes import Recipe
 from fastprune.recipes.schema import Pruning, Schedule, Training
 from fastprune.train import MetricsLog, evaluate, fit, from_scratch, param_groups
 from fastprune.train.resume import replace_file
+from fastprune.train.step import Settings
 
 FORMAT = 1
 BINS = 32
@@ -79,6 +80,8 @@ def run(
     changes = dict(changes or {}) | ({} if seed is None else {"seed": seed})
     recipe = recipes.load(name, tiny=tiny, changes=changes)
     device = parallel.start(device)
+    e = recipe.engine
+    Settings(compile=e.compile, accumulate=e.accumulate, cuda_graph=e.cuda_graph).check_device(device)
     say = say if parallel.rank() == 0 else lambda line: None
     work = Run(recipe, folder(recipe, tiny, runs), device, root, tiny, changes, progress, say)
     if parallel.as_first_says((work.out / "run.json").exists()) and not resume:

@@ -8,12 +8,14 @@ import types
 import pytest
 import torch
 import torch.nn.functional as F
+from step_recorder import Recorder
 from torch import nn
 
 import fastprune as fp
 from fastprune import data
+from fastprune.capture import CapturedStep
 from fastprune.errors import TrainingError
-from fastprune.train import History, MetricsLog, evaluate, fit, resume
+from fastprune.train import History, MetricsLog, evaluate, fit, resume, step
 
 DIGITS = data.load("digits", limit=128)
 CUTTING = {"per_cut": 2, "frequency": 2, "max_removed": 4, "stem": True, "shrink_every": 2}
@@ -53,6 +55,72 @@ def test_compiling_changes_nothing_through_cuts(method):
     assert history[-1]["train_loss"] == pytest.approx(expected[-1]["train_loss"], rel=1e-5)
     if method[0] == "taylor-gate":
         assert sum(p.numel() for p in model.parameters()) < sum(p.numel() for p in net().parameters())
+
+
+GROWING = {"update_interval": 1, "stabilize": 3, "reg_step": 0.25}
+
+
+@pytest.mark.parametrize(
+    "method, options",
+    [
+        (None, {"precision": "bf16"}),
+        (("taylor-gate", CUTTING), {"ema": 0.9, "clip_norm": 1.0}),
+        (("taylor-gate", CUTTING), {"compile": True}),
+        (("greg-1", GROWING), {"channels_last": True, "ema": 0.9}),
+        (("slimming", {"reg_weight": 0.01}), {"precision": "fp16", "clip_norm": 1.0}),
+    ],
+    ids=["plain", "cuts", "compiled", "grows", "fp16"],
+)
+def test_steps_replayed_from_a_graph_are_those_without(method, options, monkeypatch, tmp_path):
+    made = []
+
+    def recorded(*args, **kw):
+        made.append(CapturedStep(Recorder(), *args, **kw))
+        return made[-1]
+
+    monkeypatch.setitem(step.CAPTURE, "cpu", recorded)
+    monkeypatch.setattr(torch, "compile", lambda model: nn.Sequential(model))  # another module after each shrink
+
+    def go(graph, epochs=3, **more):
+        model = net()
+        pruner = fp.create(method[0], model, EXAMPLE, **method[1]) if method else None
+        optimizer = fp.optim.GrowingSGD(model.parameters(), 0.05, 0.9)
+        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 20)
+        options_ = options | {"schedule": schedule, "schedule_every": "step", "progress": False} | more
+        loaders = data.load("digits", limit=116).loaders(16)  # 7 whole batches and one of 4
+        kw = {"optimizer": optimizer, "method": pruner, "epochs": epochs, "cuda_graph": graph}
+        history = fit(model, loaders, **kw, **options_)
+        rows = [{k: v for k, v in row.items() if k not in ("seconds", "images_per_s")} for row in history]
+        return model.state_dict(), rows, history.ema
+
+    state, rows, ema = go(False)
+    assert not made
+    got, got_rows, got_ema = go(True)
+    close(got, state, rtol=0, atol=0)
+    assert got_rows == rows and sum(one._graph.replays for one in made) >= 8
+    if ema is not None:
+        close(got_ema.state_dict(), ema.state_dict(), rtol=0, atol=0)
+    go(True, epochs=1, checkpoint=tmp_path / "last.pt")
+    resumed, resumed_rows, _ = go(True, checkpoint=tmp_path / "last.pt", resume=True)
+    close(resumed, state, rtol=0, atol=0)
+    assert resumed_rows == rows
+
+
+@pytest.mark.parametrize(
+    "options, said",
+    [
+        ({}, "cuda_graph=True expects a model on a CUDA device, got one on cpu; train without cuda_graph"),
+        ({"accumulate": 2}, "cuda_graph=True expects accumulate=1, got 2"),
+        ({"compile": "reduce-overhead"}, "cuda_graph=True expects another mode of compile than 'reduce-overhead'"),
+        ({"compile": {"mode": "reduce-overhead"}}, "another mode of compile than 'reduce-overhead'"),
+    ],
+)
+def test_what_a_graph_cannot_hold_is_refused_before_anything_happens(options, said, monkeypatch, tmp_path):
+    if options:
+        monkeypatch.setitem(step.CAPTURE, "cpu", None)
+    with pytest.raises(ValueError, match=said):
+        run(checkpoint=tmp_path / "last.pt", cuda_graph=True, **options)
+    assert not (tmp_path / "last.pt").exists()
 
 
 def test_fp16_scales_the_loss_and_keeps_the_scale_over_a_resumption(tmp_path):

@@ -242,6 +242,10 @@ def test_nothing_is_written_when_the_data_is_missing(tmp_path, capsys):
         (["run", "none.yaml"], "cannot read recipe none.yaml"),
         (["run", "fisher/wrn-reduced-depth16", "--tiny", "--set", "data.options.size=x"], "data.options: "),
         (["run", "fisher/wrn-reduced-depth16", "--tiny", "--set", "model.options.depth=x"], "model.options: "),
+        (
+            ["run", "fisher/wrn-reduced-depth16", "--tiny", "--device", "cpu", "--set", "engine.cuda_graph=true"],
+            "cuda_graph=True expects a model on a CUDA device, got one on cpu",
+        ),
         (["list", "recipes", "xyz"], "no recipe fits 'xyz'"),
     ],
 )
@@ -249,7 +253,7 @@ def test_bad_input_is_one_line(capsys, tmp_path, monkeypatch, argv, says):
     monkeypatch.chdir(tmp_path)
     assert cli.main(argv) == 1
     out, err = capsys.readouterr()
-    assert out == "" and err.count("\n") == 1 and says in err
+    assert out == "" and err.count("\n") == 1 and says in err and not list(tmp_path.iterdir())
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")

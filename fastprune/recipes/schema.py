@@ -118,6 +118,7 @@ class Engine:
     clip_norm: float | None = None
     accumulate: int = 1
     ema: float | None = None
+    cuda_graph: bool = False
     deterministic: bool = False
     checkpoint_minutes: float | None = 10.0
     keep_going: bool = False

@@ -84,6 +84,7 @@ def fit(
     clip_norm: float | None = None,
     accumulate: int = 1,
     ema: float | None = None,
+    cuda_graph: bool = False,
     deterministic: bool = False,
     progress: bool = True,
 ) -> History:
@@ -121,6 +122,8 @@ def fit(
         accumulate: Batches whose gradients make one step together, as one large batch would but for the norms.
         ema: Decay per step of an exponential average of the weights, such as 0.999, which is evaluated as well and
             follows cuts; None: no average.
+        cuda_graph: Replay each step as one launch, see :func:`fastprune.capture_step`; on a GPU, one process, without
+            ``accumulate``.
         deterministic: Let PyTorch take deterministic algorithms only, and fail where there is none.
         progress: Show a bar, if stderr is a terminal.
 
@@ -128,7 +131,7 @@ def fit(
         to 1), seconds, images_per_s (training only); with ``ema`` also ema_test_loss and ema_test_acc.
 
     Raises:
-        ValueError: An option out of range, or fp16 with a method that refuses it.
+        ValueError: An option out of range, fp16 with a method that refuses it, or a step that no CUDA graph can hold.
         TrainingError: The loss is not finite, or a file cannot be written; the message names step and learning rate,
             and the last good checkpoint, which is kept.
         CheckpointError: The file to resume from is damaged, or another run's.
@@ -136,7 +139,7 @@ def fit(
     """
     if schedule_every not in ("epoch", "step"):
         raise ValueError(f"fit: schedule_every must be 'epoch' or 'step', got {schedule_every!r}")
-    settings = Settings(precision, channels_last, compile, clip_norm, accumulate, ema)
+    settings = Settings(precision, channels_last, compile, clip_norm, accumulate, ema, cuda_graph)
     until = until or (lambda: False)
     with _deterministic(deterministic):
         run = _Run(model, data, optimizer, schedule, schedule_every, method, settings)
@@ -167,6 +170,7 @@ class _Run:
             raise ValueError(
                 f"fit: {method.name} scores by gradients, which the GradScaler of fp16 scales; take precision='bf16'"
             )
+        settings.check_device(next(model.parameters()).device)
         if settings.channels_last:
             model.to(memory_format=torch.channels_last)
         self.model, self.optimizer, self.schedule, self.method = model, optimizer, schedule, method

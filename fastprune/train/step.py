@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -13,10 +13,12 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from fastprune import parallel
+from fastprune.capture import capture_step
 from fastprune.methods import Method
 from fastprune.methods.iterative import IterativeMethod
 
 PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+CAPTURE = {"cuda": capture_step}  # device type -> what makes one launch of a step
 
 
 @dataclass(frozen=True)
@@ -29,6 +31,7 @@ class Settings:
     clip_norm: float | None = None
     accumulate: int = 1
     ema: float | None = None
+    cuda_graph: bool = False
 
     def __post_init__(self) -> None:
         if self.precision not in PRECISIONS:
@@ -40,12 +43,41 @@ class Settings:
         if self.ema is not None and not 0 < self.ema < 1:
             raise ValueError(f"fit: ema must lie between 0 and 1, got {self.ema}")
 
+    def check_device(self, device: torch.device) -> None:
+        """
+        Raises:
+            ValueError: ``cuda_graph``, and something that a graph cannot hold.
+        """
+        if not self.cuda_graph:
+            return
+        mode = self.compile.get("mode") if isinstance(self.compile, Mapping) else self.compile
+        wrong = {
+            f"a model on a CUDA device, got one on {device}": device.type not in CAPTURE,
+            f"one process, got {parallel.processes()}": parallel.processes() > 1,
+            f"accumulate=1, got {self.accumulate}": self.accumulate > 1,
+            "another mode of compile than 'reduce-overhead', which makes graphs of its own": mode == "reduce-overhead",
+        }
+        for what, is_wrong in wrong.items():
+            if is_wrong:
+                raise ValueError(f"fit: cuda_graph=True expects {what}; train without cuda_graph")
+
+    def lay_out(self, x: Tensor) -> Tensor:
+        return x.contiguous(memory_format=torch.channels_last if self.channels_last else torch.contiguous_format)
+
     def forward(self, model: nn.Module, x: Tensor) -> Tensor:
-        """Logits in float32."""
-        x = x.contiguous(memory_format=torch.channels_last if self.channels_last else torch.contiguous_format)
+        """Logits in float32, or wider."""
         dtype = PRECISIONS[self.precision]
         with torch.autocast(x.device.type, dtype=dtype, enabled=dtype is not None):
-            return model(x).float()
+            return _widened(model(self.lay_out(x)))
+
+
+def _widened(logits: Tensor) -> Tensor:
+    return logits if logits.dtype == torch.float64 else logits.float()
+
+
+def _loss_and_right(logits: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    logits = _widened(logits)
+    return F.cross_entropy(logits, y), (logits.argmax(1) == y).sum()
 
 
 class Step:
@@ -71,6 +103,7 @@ class Step:
             self._more = {"scaler": self.scaler}
         else:
             self._more = {"ema": ema} if ema is not None and isinstance(method, IterativeMethod) else {}
+        self._captured: Callable[..., tuple[Tensor, Tensor]] | None = None
         self._wrap()
 
     def _wrap(self) -> None:
@@ -83,12 +116,28 @@ class Step:
         if how := self.settings.compile:
             options = {"mode": how} if isinstance(how, str) else {} if how is True else dict(how)
             self._forward = torch.compile(self._forward, **options)
+        if self.settings.cuda_graph and (self._captured is None or how):  # it follows a model that gets smaller
+            s = self.settings
+            self._captured = CAPTURE[self.device.type](
+                self._forward,
+                _loss_and_right,
+                self.optimizer,
+                self.method,
+                scaler=self.scaler,
+                autocast=PRECISIONS[s.precision],
+                clip_norm=s.clip_norm,
+                ema=self._more.get("ema"),
+            )
 
     def __call__(self, batches: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
         """One step on the images of all batches together, one forward and backward each.
 
         Returns: Mean cross-entropy, penalty and number of right answers, (3,) float32, on the device.
         """
+        if self._captured is not None:
+            seen = self._replay(*batches)
+            self._follow()
+            return seen
         images, seen = sum(len(y) for _, y in batches), None
         self.optimizer.zero_grad()
         for i, (x, y) in enumerate(batches, 1):
@@ -107,7 +156,14 @@ class Step:
                 seen = now if seen is None else seen + now
         del logits, loss, penalty, total  # they hold what the graph saved, and a cut must not meet it
         self._update(seen)
+        self._follow()
         return seen
+
+    def _replay(self, batch: tuple[Tensor, Tensor]) -> Tensor:
+        x, y = batch
+        loss, right = self._captured(self.settings.lay_out(x), y)
+        penalty = self._captured.penalty
+        return torch.stack([loss, torch.zeros_like(loss) if penalty is None else penalty, right])
 
     def _gradients_stay_here(self, here: bool) -> AbstractContextManager:
         return self._distributed.no_sync() if here and self._distributed is not None else nullcontext()
@@ -125,6 +181,9 @@ class Step:
             self.optimizer.step()
         if self.scaler is not None:
             self.scaler.update()
+
+    def _follow(self) -> None:
+        """A model that may have got smaller, and the average of the weights."""
         if self._graph is not getattr(self.method, "graph", None):  # the model got smaller
             if self.settings.compile:
                 torch.compiler.reset()  # else each size would count towards the limit of recompilations
