@@ -89,7 +89,7 @@ def extensions(with_cuda: bool):
             ),
             include_dirs=[str(here / "csrc")],
             depends=[str(p) for p in here.glob("csrc/**/*.h")],
-            extra_compile_args={"cxx": [*CXX, "-DUSE_CUDA", *facts], "nvcc": ["-O3", "-std=c++17"]},
+            extra_compile_args={"cxx": [*CXX, "-DUSE_CUDA", *facts], "nvcc": ["-O3", "-std=c++17", "--threads=2"]},
             extra_link_args=["-Wl,--as-needed", "-s"],
             py_limited_api=True,
         )
