@@ -69,7 +69,7 @@ if [ "$DEVICE" = cuda ]; then
     '256x512x7x7' '256x2048x7x7' '16x128x32x32' '64x256x112x112') # ResNet-50, and where published kernels lose
   rows=()
   nets=(resnet50 resnet56)
-  quick=() quick_norm=(--sample-ms 2 --per-channel) quick_net=() quick_step=() quick_steps=() quick_growing=()
+  quick=() quick_norm=(--sample-ms 1 --per-channel) quick_net=() quick_step=() quick_steps=() quick_growing=()
   first=(tests/test_batch_norm_act.py) others=()
   for op in channel_gate filter_sums gate_sums gram_penalty growing_sgd masked_conv2d scale_penalty; do
     others+=("tests/test_$op.py")
@@ -113,20 +113,39 @@ tested() { # NAME SECONDS TESTS...: whether the benches that follow are of teste
 bench() { step "bench_$1" "$2" "$PYTHON" -m "bench.$3" --device "$DEVICE" "${gate[@]}" "${rows[@]}" "${@:4}"; }
 norm() { bench "$1" "$2" ops.batch_norm_act --shapes "${norms[@]}" --dtypes bfloat16 "${quick_norm[@]}" "${@:3}"; }
 
-tested tests_batch_norm_act 100 "${first[@]}"
-norm batch_norm_act 60 --what relu
+if [ "$DEVICE" = cuda ]; then # beside the tests, a process per shape: to compile in the bench takes minutes
+  compile='printf "%s\n" "$@" | TORCHINDUCTOR_COMPILE_THREADS=1 xargs -P "$#" -I{} "$0" -m bench.ops.batch_norm_act \
+    --device cuda --shapes {} --dtypes bfloat16 --what relu --per-channel --compile --sample-ms 0 --no-gate --no-write'
+  step compile_norms 120 bash -c "$compile" "$PYTHON" "${norms[@]}" &
+fi
+tested tests_batch_norm_act 120 "${first[@]}"
+wait
+norm batch_norm_act 100 --what relu
 tested tests_ops 120 "${others[@]}"
-for net in "${nets[@]}"; do bench "methods_$net" 90 e2e.methods --nets "$net" --amp "${quick_net[@]}"; done
+for net in "${nets[@]}"; do bench "methods_$net" 120 e2e.methods --nets "$net" --amp "${quick_net[@]}"; done
 if [ "$DEVICE" = cuda ]; then
   norm batch_norm_act_compile 120 --what relu --compile
   step tests_rest 100 "$PYTHON" -m pytest -q -m gpu -n "${WORKERS:-12}" -p no:cacheprovider tests \
     "${first[@]/#/--ignore=}" "${others[@]/#/--ignore=}"
   # without the allocator's cache every tensor has bounds of its own; both at once, nothing is timed here
-  sanitize=("$PYTHON" -m pytest -q -p no:cacheprovider tests/test_batch_norm_act.py tests/test_triton_kernels.py -m gpu)
+  # a test takes seconds there: a few of every way through the norms' kernels
+  few=()
+  for case in '(4, 3, 24, 40)-nchw' '(9, 40, 2, 2)-nhwc'; do few+=("tests/test_slab_kernels.py::test_shapes[$case]"); done
+  for case in '(2,3,7,7)-nchw' '(37,16,7,7)-nhwc' '(2,16,32,32)-nchw' '(2,3,56,56)-nhwc'; do
+    for backend in ${FASTPRUNE_TEST_BACKENDS//,/ }; do
+      if [ "$backend" != eager ]; then few+=("tests/test_batch_norm_act.py::test_every_shape[$case-$backend]"); fi
+    done
+  done
+  if [[ $FASTPRUNE_TEST_BACKENDS == *cuda* ]]; then
+    for way in 'wide cluster-ragged-nchw' 'cluster-vectors-nhwc' 'three launches-large planes-nchw'; do
+      few+=("tests/test_cuda_kernels.py::test_every_way[$way]")
+    done
+  fi
+  sanitize=("$PYTHON" -m pytest -q -p no:cacheprovider "${few[@]}")
   for tool in memcheck racecheck; do
     checker=(env PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool "$tool" --error-exitcode 9)
     step "$tool" 60 "${checker[@]}" "$PYTHON" -m fastprune doctor &
-    step "${tool}_tests" 75 "${checker[@]}" "${sanitize[@]}" -k "split_sums or every_shape and not 112" &
+    step "${tool}_tests" 75 "${checker[@]}" "${sanitize[@]}" &
   done
   wait
   bench methods_graph 60 e2e.methods --nets resnet56 --layouts nhwc --amp \

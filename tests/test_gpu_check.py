@@ -32,7 +32,11 @@ esac
 
 
 def run(
-    tmp_path: Path, failing: str = "nothing", budget: int = 570, sanitizer: bool = True, **environment: str
+    tmp_path: Path,
+    failing: str = "nothing",
+    budget: int = 570,
+    sanitizer: str = 'shift 4\nexec "$@"',
+    **environment: str,
 ) -> tuple[int, str, str]:
     """Exit code, summary, and the calls of Python."""
     tools, results = tmp_path / "bin", tmp_path / "results"
@@ -42,7 +46,7 @@ def run(
     (tools / "python").write_text(STUB)
     (tools / "python").chmod(0o755)
     if sanitizer:
-        (tools / "compute-sanitizer").write_text('#!/usr/bin/env bash\nshift 4\nexec "$@"\n')
+        (tools / "compute-sanitizer").write_text(f"#!/usr/bin/env bash\n{sanitizer}\n")
         (tools / "compute-sanitizer").chmod(0o755)
     env = os.environ | {
         "PATH": f"{tools}:{os.environ['PATH']}", "PYTHON": str(tools / "python"), "CALLS": str(tmp_path / "calls"),
@@ -61,8 +65,24 @@ def test_every_step_runs_and_rows_are_copied(tmp_path):
     assert summary.count("| passed |") == summary.count("\n| ") - 1 >= 20 and summary.endswith("\nfine\n")
     assert "-m pytest -q -m gpu" in calls and "-m fastprune doctor" in calls
     assert "tested=1 -m bench.ops.batch_norm_act --device cuda --shapes" in calls
+    warm = re.findall(
+        r"tested= -m bench.ops.batch_norm_act --device cuda --shapes (\S+) .*--compile.*--no-write", calls
+    )
+    timed = re.search(r"tested=1 -m bench.ops.batch_norm_act --device cuda --shapes (.*) --dtypes", calls)
+    assert sorted(warm) == sorted(timed[1].split())  # what is timed was compiled before
     assert (tmp_path / "out" / "step.jsonl").exists() and "fine" in (tmp_path / "out" / "tables.md").read_text()
     assert f"-m bench.gpu_page --page {tmp_path / 'out' / 'gpu.md'}" in calls
+
+
+def test_what_the_sanitizer_runs_is_there(tmp_path):
+    words = 'shift 4; shift 3; printf "%s\\n" "$@" >> "$CALLS.sanitized"'
+    _, _, _ = run(tmp_path, sanitizer=words, ONLY="check_tests")
+    few = [line for line in (tmp_path / "calls.sanitized").read_text().splitlines() if "::" in line]
+    assert len(few) == 2 * (2 + 4 * 2 + 3) and len(set(few)) == len(few) / 2
+    env = os.environ | {"FASTPRUNE_TEST_BACKENDS": "eager,triton,cuda"}
+    command = [sys.executable, "-m", "pytest", "-q", "--collect-only", "-p", "no:cacheprovider", *sorted(set(few))]
+    done = subprocess.run(command, env=env, cwd=SCRIPT.parent.parent, capture_output=True, text=True)
+    assert done.returncode == 0 and f"{len(few) // 2} tests collected" in done.stdout, done.stdout
 
 
 class Parsed(Exception):
@@ -136,7 +156,7 @@ def test_a_process_without_compiled_kernels_collects_its_tests(tmp_path):
 
 @pytest.mark.skipif(shutil.which("compute-sanitizer") is not None, reason="it is there")
 def test_a_missing_tool_is_said(tmp_path):
-    code, summary, _ = run(tmp_path, sanitizer=False)
+    code, summary, _ = run(tmp_path, sanitizer="")
     assert code == 1 and "| memcheck | not run: command missing |" in summary
 
 
