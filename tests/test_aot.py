@@ -110,6 +110,16 @@ def test_slab_kernels_publish_before_they_arrive_and_look_after_they_waited():
         assert re.search(r"MEMBAR\.\S*GPU", sass) and "CCTL.IVALL" in sass  # L1 forgets what it held
 
 
+def test_every_kernel_is_launched_where_sizes_are_one():
+    """A size of 1 is a constant in a compiled kernel, and no tensor: what the interpreter takes may not compile."""
+    env = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    command = [sys.executable, Path(__file__).parent / "launches.py"]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    sources = "".join(path.read_text() for path in (SCRIPT.parent.parent / "kernels").glob("*.py"))
+    assert set(done.stdout.split()) == set(re.findall(r"^def (_\w+_kernel)\(", sources, re.MULTILINE))
+
+
 def test_triton_launches_cooperatively_when_asked():
     """The option of the kernel's metadata becomes the driver's attribute: read from Triton, there is no GPU here."""
     driver = Path(find_spec("triton").origin).parent / "backends" / "nvidia" / "driver.py"
