@@ -7,8 +7,10 @@ CPU).
 
 from __future__ import annotations
 
+import fcntl
 import json
 import math
+import os
 import platform
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -91,6 +93,7 @@ def run(
         )
     work.check_same()
     images = load_data(recipe, root, device)
+    work.try_out(images)
     base = None
     if recipe.base is not None:
         of_base = {**recipe.base.set, "data": asdict(recipe.data)}
@@ -102,8 +105,31 @@ def run(
                 tiny=tiny, runs=runs, progress=progress, say=say,
             )  # fmt: skip
             base = _base(recipe, of_base, tiny, runs, say)
-    work.do(images, base)
+    with _alone(work.out):
+        work.do(images, base)
     return work.out
+
+
+@contextmanager
+def _alone(out: Path) -> Iterator[None]:
+    """Only one run at a time writes into a folder; the lock goes with its process, however that ends."""
+    folder, free = None, True
+    if parallel.rank() == 0:
+        out.mkdir(parents=True, exist_ok=True)
+        folder = os.open(out, os.O_RDONLY)
+        try:
+            fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            free = False
+        except OSError:
+            pass  # a file system without locks
+    try:
+        if not parallel.as_first_says(free):
+            raise ValueError(f"run: another process is at the run in {out}; wait for it, or stop it")
+        yield
+    finally:
+        if folder is not None:
+            os.close(folder)
 
 
 def folder(recipe: Recipe, tiny: bool, runs: str | Path = "runs") -> Path:
@@ -306,6 +332,15 @@ class Run:
                 f"run: {self.out} holds a run of another recipe: {key}; give the same --set as then, "
                 "or --out another folder"
             )
+
+    def try_out(self, images: ImageSet) -> None:
+        """Make network and methods once: what they refuse shows here, before hours of other phases, or of the base."""
+        if not parallel.as_first_says((self.out / "run.json").exists()):
+            torch.manual_seed(self.recipe.seed)
+            model = make_model(self.recipe, len(images.classes), images.image_shape[0], weights=False)
+            for phase in self.recipe.phases.values():
+                if phase.method is not None:
+                    make_method(phase, model, example_of(images).cpu())
 
     def do(self, images: ImageSet, base: dict[str, Any] | None) -> None:
         """All phases that are not done yet."""

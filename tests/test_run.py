@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import json
 import os
 import random
@@ -165,6 +166,21 @@ def test_a_folder_is_never_overwritten(tmp_path):
     assert other != out and (other / "dense.safetensors").read_bytes() != (out / "dense.safetensors").read_bytes()
 
 
+def test_two_runs_do_not_write_into_one_folder(tmp_path):
+    name = "fisher/wrn-reduced-depth16"
+    out = run.folder(recipes.load(name, tiny=True), True, tmp_path)
+    out.mkdir(parents=True)
+    other = os.open(out, os.O_RDONLY)  # a lock of another process, as far as the system is concerned
+    try:
+        fcntl.flock(other, fcntl.LOCK_EX)
+        with pytest.raises(ValueError, match="another process is at the run in "):
+            run.run(name, resume=True, runs=tmp_path, **QUIET)
+        assert not list(out.iterdir())
+    finally:
+        os.close(other)
+    run.run(name, resume=True, runs=tmp_path, **QUIET)
+
+
 def test_a_base_of_another_recipe_is_named(tmp_path):
     base, name = "rni/vgg16-cifar10-ucs-train", "rni/vgg16-cifar10-ucs-0.5"
     run.run(base, runs=tmp_path, changes={"train.lr": 0.05}, **QUIET)
@@ -246,6 +262,7 @@ def test_nothing_is_written_when_the_data_is_missing(tmp_path, capsys):
             ["run", "fisher/wrn-reduced-depth16", "--tiny", "--device", "cpu", "--set", "engine.cuda_graph=true"],
             "cuda_graph=True expects a model on a CUDA device, got one on cpu",
         ),
+        (["run", "greg/vgg19-cifar100-l1-0.5", "--tiny", "--set", "prune.ratio=1.5"], "ratio"),  # before the base
         (["list", "recipes", "xyz"], "no recipe fits 'xyz'"),
     ],
 )
