@@ -243,6 +243,12 @@ def _check(recipe: Recipe, file: str) -> None:
     def known(path: str, name: str, names: Iterable[str]) -> None:
         need(path, name in names, f"unknown name {name!r}{did_you_mean(name, names)}")
 
+    parts = recipe.name.split("/")
+    need("name", not {"", ".", ".."} & {*parts}, f"expected the name of a folder below --out, got {recipe.name!r}")
+    need("seed", 0 <= recipe.seed < 2**62, f"expected 0 or more and less than 2**62, got {recipe.seed}")
+    need("importances_every", recipe.importances_every >= 0, f"expected 0 or more, got {recipe.importances_every}")
+    own = recipe.base is not None and recipe.base.recipe == recipe.name
+    need("base.recipe", not own, "expected another recipe, got this one itself")
     known("data.name", recipe.data.name, {*data.DATASETS, "imagenet"})
     if loader := data.DATASETS.get(recipe.data.name):
         options = {p for p in inspect.signature(loader).parameters if p != "root"}
@@ -262,6 +268,8 @@ def _check(recipe: Recipe, file: str) -> None:
     need("engine.accumulate", e.accumulate > 0, f"expected 1 or more, got {e.accumulate}")
     need("engine.clip_norm", e.clip_norm is None or e.clip_norm > 0, f"expected above 0, got {e.clip_norm}")
     need("engine.ema", e.ema is None or 0 < e.ema < 1, f"expected between 0 and 1, got {e.ema}")
+    minutes = e.checkpoint_minutes
+    need("engine.checkpoint_minutes", minutes is None or minutes >= 0, f"expected 0 or more, got {minutes}")
     need("", bool(recipe.phases), f"it has no phase; give at least one of {', '.join(PHASES)}")
     need("scratch", recipe.scratch is None or recipe.prune is not None, "nothing was pruned: prune is missing")
     for name, phase in recipe.phases.items():
@@ -272,6 +280,11 @@ def _check(recipe: Recipe, file: str) -> None:
         need(f"{name}.epochs", (phase.epochs or 0) >= (name != "prune"), f"expected 1 or more, got {phase.epochs}")
         need(f"{name}.batch_size", phase.batch_size > 0, f"expected 1 or more, got {phase.batch_size}")
         need(f"{name}.lr", phase.lr > 0, f"expected above 0, got {phase.lr:g}")
+        for key in ("momentum", "weight_decay"):
+            need(f"{name}.{key}", getattr(phase, key) >= 0, f"expected 0 or more, got {getattr(phase, key):g}")
+        need(f"{name}.nesterov", not phase.nesterov or phase.momentum > 0, f"{name}.momentum must be above 0 with it")
+        warmup = phase.schedule.warmup
+        need(f"{name}.schedule.warmup", warmup >= 0, f"expected 0 or more, got {warmup}")
         for i, at in enumerate(phase.schedule.at):
             low = at > 0 and (at < 1 or (at == int(at) and (phase.epochs is None or at < phase.epochs)))
             what = f"expected a share below 1 or a whole epoch before {name}.epochs={phase.epochs}, got {at:g}"
