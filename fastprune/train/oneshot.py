@@ -205,7 +205,8 @@ def _fit(
     if epochs < 1 or lr <= 0:
         raise ValueError(f"{what['call']}: expected epochs >= 1 and lr > 0, got {epochs} and {lr}")
     what |= {key: value for key, value in fitting.items() if key in RECORDED and value}
-    what |= {"fastprune": __version__, "torch": str(torch.__version__), "device": str(data.train_images.device)}
+    device = str(next(model.parameters()).device)
+    what |= {"fastprune": __version__, "torch": str(torch.__version__), "device": device}
     log = MetricsLog(out / "metrics.jsonl", out if tensorboard and parallel.rank() == 0 else None)
     if parallel.rank() == 0 and not (fitting["resume"] and (out / "last.pt").exists()):
         log.start(what)
