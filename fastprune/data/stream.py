@@ -173,6 +173,8 @@ class StreamLoader:
             if "DataLoader worker (pid" not in str(error):
                 raise
             raise DataError(f"imagenet: a worker died ({' '.join(str(error).split())}); try fewer workers") from error
+        except (ConnectionError, EOFError) as error:  # it died while it handed a batch over
+            raise DataError(f"imagenet: a worker died ({type(error).__name__}); try fewer workers") from error
 
     def keys(self) -> Iterator[tuple[int, list[int]]]:
         """(epoch, numbers of images) for each batch that is left of this epoch."""
