@@ -125,9 +125,9 @@ def test_doctor(capsys):
         assert name in out and line in out
     checked = dict(line.split(None, 1) for line in out.partition("self-check")[2].splitlines()[1:])
     assert "eager" in checked and ("cpp" in checked) == bool(backends.build_info())
-    for text in checked.values():
+    for name, text in checked.items():
         assert "WRONG" not in text and "batch_norm_act ok" in text
-        assert "scale_penalty ok" in text
+        assert "scale_penalty ok" in text or name == "cuda"  # which has one op
 
 
 def test_doctor_checks_every_op():

@@ -226,7 +226,9 @@ def test_the_schedule_may_follow_steps():
         fit(model, DIGITS.loaders(32), epochs=1, schedule_every="batch", **kw)
 
 
-def test_deterministic_mode_holds_during_the_run_only():
+def test_deterministic_mode_holds_during_the_run_only(monkeypatch):
+    # opcheck, in another test of this process, imports modules of PyTorch that freeze its flags for good
+    monkeypatch.setattr(torch.backends, "__allow_nonbracketed_mutation_flag", True)
     was = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
     model, seen = net(), []
     model.register_forward_hook(lambda *_: seen.append(torch.is_deterministic_algorithms_warn_only_enabled()))
