@@ -226,15 +226,21 @@ def test_the_schedule_may_follow_steps():
         fit(model, DIGITS.loaders(32), epochs=1, schedule_every="batch", **kw)
 
 
-def test_deterministic_mode_holds_during_the_run_only(monkeypatch):
-    # opcheck, in another test of this process, imports modules of PyTorch that freeze its flags for good
-    monkeypatch.setattr(torch.backends, "__allow_nonbracketed_mutation_flag", True)
+def test_deterministic_mode_holds_during_the_run_only():
+    torch.backends.disable_global_flags()  # PyTorch's own test modules do so on import, for good
     was = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    names = ("enabled", "benchmark", "deterministic", "allow_tf32")
+    flags = [getattr(torch.backends.cudnn, name) for name in names]
     model, seen = net(), []
-    model.register_forward_hook(lambda *_: seen.append(torch.is_deterministic_algorithms_warn_only_enabled()))
-    run(model, epochs=1, deterministic=True)
+    model.register_forward_hook(
+        lambda *_: seen.append(torch.is_deterministic_algorithms_warn_only_enabled() or torch.backends.cudnn.benchmark)
+    )
+    with torch.backends.cudnn.flags(*flags[:1], True, None, *flags[2:], None):
+        run(model, epochs=1, deterministic=True)
+        assert torch.backends.cudnn.benchmark
     assert seen and not any(seen)
     assert was == (torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled())
+    assert flags == [getattr(torch.backends.cudnn, name) for name in names]
 
     class Pooled(nn.Module):
         def __init__(self):

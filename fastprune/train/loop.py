@@ -394,14 +394,13 @@ def _deterministic(on: bool) -> Iterator[None]:
         return
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it when it is first used
     was = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
-    benchmark = torch.backends.cudnn.benchmark
+    unchanged = dict.fromkeys(("enabled", "benchmark_limit", "deterministic", "allow_tf32", "fp32_precision"))
     torch.use_deterministic_algorithms(True)
-    torch.backends.cudnn.benchmark = False
     try:
-        yield
+        with torch.backends.cudnn.flags(benchmark=False, **unchanged):  # plain assignment may be frozen
+            yield
     finally:
         torch.use_deterministic_algorithms(was[0], warn_only=was[1])
-        torch.backends.cudnn.benchmark = benchmark
 
 
 @torch.no_grad()
