@@ -92,10 +92,12 @@ def _run(args: argparse.Namespace) -> int:
     from fastprune import parallel, recipes, run
 
     given = {"changes": recipes.parse_set(args.set), "seed": args.seed, "device": args.device, "root": args.data}
+    fastprune.tune_cpu_memory()  # the process is ours: steps on a CPU need not fault in their pages again and again
     if args.dry_run:
         run.dry_run(args.recipe, **given, tiny=args.tiny)
     else:
-        out = run.run(args.recipe, **given, resume=args.resume, tiny=args.tiny, runs=args.out)
+        options = {"resume": args.resume, "tiny": args.tiny, "runs": args.out, "tensorboard": args.tensorboard}
+        out = run.run(args.recipe, **given, **options)
         if parallel.rank() == 0:
             print(f"results are in {out}")
     return 0
@@ -249,6 +251,7 @@ COMMANDS = {
             },
             "--resume": {"action": "store_true", "help": "continue the run that --out holds"},
             "--tiny": {"action": "store_true", "help": "the recipe's form for trials: small, on synthetic data"},
+            "--tensorboard": {"action": "store_true", "help": "write TensorBoard events into the run's folder as well"},
             "--dry-run": {"action": "store_true", "help": "say what it would do, what it would cost, and do nothing"},
             "--device": DEVICE,
         },

@@ -38,6 +38,7 @@ from fastprune.optim import GrowingSGD
 from fastprune.recipes import Recipe
 from fastprune.recipes.schema import Pruning, Schedule, Training
 from fastprune.train import MetricsLog, evaluate, fit, from_scratch, param_groups
+from fastprune.train.metrics import summary_writer
 from fastprune.train.resume import replace_file
 from fastprune.train.step import Settings
 
@@ -57,6 +58,7 @@ def run(
     resume: bool = False,
     tiny: bool = False,
     runs: str | Path = "runs",
+    tensorboard: bool = False,
     progress: bool = True,
     say: Callable[[str], None] = print,
 ) -> Path:
@@ -71,21 +73,25 @@ def run(
         resume: Continue the run that is in the folder; a finished one is left as it is.
         tiny: The recipe's form for trials.
         runs: Folder of all runs.
+        tensorboard: Write the numbers of each epoch as TensorBoard events as well, to ``tensorboard/`` in the run.
         say: Gets a line about each phase.
 
     Returns: The folder of the run.
 
     Raises:
+        TrainingError: ``tensorboard``, which is not installed.
         ValueError: A recipe that does not hold together, or a folder that holds a run already.
         DataError: The data set is missing or damaged.
     """
+    if tensorboard:
+        summary_writer()  # it is missed now, not after an hour
     changes = dict(changes or {}) | ({} if seed is None else {"seed": seed})
     recipe = recipes.load(name, tiny=tiny, changes=changes)
     device = parallel.start(device)
     e = recipe.engine
     Settings(compile=e.compile, accumulate=e.accumulate, cuda_graph=e.cuda_graph).check_device(device)
     say = say if parallel.rank() == 0 else lambda line: None
-    work = Run(recipe, folder(recipe, tiny, runs), device, root, tiny, changes, progress, say)
+    work = Run(recipe, folder(recipe, tiny, runs), device, root, tiny, changes, progress, say, tensorboard)
     if parallel.as_first_says((work.out / "run.json").exists()) and not resume:
         raise ValueError(
             f"run: {work.out} holds a run already; --resume continues it, --out another folder starts afresh, "
@@ -102,7 +108,7 @@ def run(
             say(f"{recipe.name} starts from {recipe.base.recipe}, which is not there yet: doing it first")
             run(
                 recipe.base.recipe, changes=of_base, seed=recipe.seed, device=device, root=root, resume=True,
-                tiny=tiny, runs=runs, progress=progress, say=say,
+                tiny=tiny, runs=runs, tensorboard=tensorboard, progress=progress, say=say,
             )  # fmt: skip
             base = _base(recipe, of_base, tiny, runs, say)
     with _alone(work.out):
@@ -319,7 +325,9 @@ class Run:
         changes: Mapping[str, Any],
         progress: bool,
         say: Callable[[str], None],
+        tensorboard: bool = False,
     ) -> None:
+        self.tensorboard = tensorboard
         self.recipe, self.out, self.device, self.root = recipe, out, device, root
         self.tiny, self.changes, self.progress, self.say = tiny, dict(changes), progress, say
 
@@ -456,7 +464,8 @@ class Run:
         holds = network == "pruned" and name != "scratch" and r.prune is not None and not r.prune.compact
         method = make_method(phase, model, self.example) if phase.method else _holder(model, self.example, holds)
         optimizer = make_optimizer(phase, model)
-        log = PhaseLog(self.out, name, method if phase.method else None, r.importances_every, phase.epochs)
+        board = self.out / "tensorboard" / name if self.tensorboard and parallel.rank() == 0 else None
+        log = PhaseLog(self.out, name, method if phase.method else None, r.importances_every, phase.epochs, board)
         epochs = phase.epochs
         if epochs is None:
             epochs = math.ceil(steps_needed(method) / len(loaders.train))
@@ -617,8 +626,16 @@ def describe(block: Mapping[str, Any]) -> str:
 class PhaseLog(MetricsLog):
     """Rows of one phase in ``metrics.jsonl``, and now and then histograms of the scores in ``importances.jsonl``."""
 
-    def __init__(self, out: Path, phase: str, method: Method | None, every: int, epochs: int | None) -> None:
-        super().__init__(out / "metrics.jsonl")
+    def __init__(
+        self,
+        out: Path,
+        phase: str,
+        method: Method | None,
+        every: int,
+        epochs: int | None,
+        tensorboard: Path | None = None,
+    ) -> None:
+        super().__init__(out / "metrics.jsonl", tensorboard)
         self.histograms = MetricsLog(out / "importances.jsonl")
         self.phase, self.method, self.epochs = phase, method, epochs
         self.every = every or max(1, (epochs or 100) // 20)

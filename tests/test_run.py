@@ -10,7 +10,10 @@ import random
 import re
 import signal
 import socket
+import sys
 import time
+import types
+from pathlib import Path
 
 import pytest
 import torch
@@ -20,6 +23,14 @@ from fastprune import cli, parallel, recipes, run
 from fastprune.train import MetricsLog, evaluate
 
 QUIET = {"device": "cpu", "tiny": True, "progress": False, "say": lambda line: None}
+
+
+@pytest.fixture(autouse=True)
+def tuned(monkeypatch):
+    """How often the command line tuned the memory of its process, which would stay on for the tests that follow."""
+    calls = []
+    monkeypatch.setattr(fp, "tune_cpu_memory", lambda: calls.append(1))
+    return calls
 
 
 def read(out):
@@ -219,6 +230,32 @@ def test_held_weights_stay_zero_without_removal(tmp_path):
 
 
 # --- before anything runs ------------------------------------------------------------------------------------------
+
+
+def test_tensorboard_events_lie_in_the_run(tmp_path, monkeypatch, tuned):
+    got = []
+
+    class Writer:
+        def __init__(self, folder):
+            self.folder = Path(folder).relative_to(tmp_path)
+
+        def add_scalar(self, key, value, step):
+            got.append((self.folder.parts[-2:], key, value, step))
+
+        def flush(self):
+            pass
+
+    module = types.ModuleType("torch.utils.tensorboard")
+    argv = ["run", "fisher/wrn-reduced-depth16", "--tiny", "--device", "cpu", "--out", str(tmp_path), "--tensorboard"]
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    assert cli.main(argv) == 1 and not list(tmp_path.iterdir())  # said before anything is written
+    module.SummaryWriter = Writer
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", module)
+    assert cli.main(argv) == 0
+    rows = read(tmp_path / "tiny" / "fisher" / "wrn-reduced-depth16" / "seed0")[2]
+    last = rows[-1]
+    assert (("tensorboard", last["phase"]), "test_acc", last["test_acc"], last["step"]) in got
+    assert len({step for _, _, _, step in got}) == len(rows) and tuned == [1, 1]
 
 
 def test_dry_run_says_it_all(capsys):

@@ -26,7 +26,7 @@ class MetricsLog:
     def __init__(self, path: str | Path, tensorboard: str | Path | None = None) -> None:
         self.path = Path(path)
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        self._board = None if tensorboard is None else _board(tensorboard)
+        self._board = None if tensorboard is None else summary_writer()(str(tensorboard))
 
     def write(self, row: dict[str, Any]) -> None:
         """Append a row.
@@ -92,9 +92,14 @@ class MetricsLog:
         return rows
 
 
-def _board(folder: str | Path) -> Any:
+def summary_writer() -> type:
+    """PyTorch's ``SummaryWriter``.
+
+    Raises:
+        TrainingError: TensorBoard is not installed.
+    """
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError as error:
         raise TrainingError("tensorboard: TensorBoard is not installed; pip install tensorboard") from error
-    return SummaryWriter(str(folder))
+    return SummaryWriter
