@@ -27,7 +27,7 @@ help:
 	  'make install      only the environment: $(VENV), torch, fastprune in editable form' \
 	  'make lint         ruff, clang-format, import layering' \
 	  'make docs         the pages of docs/ as a web site in build/docs; dead links and headings fail' \
-  'make format       let ruff and clang-format rewrite the sources' \
+	  'make format       let ruff and clang-format rewrite the sources' \
 	  'make bench        CPU timings, interleaved against eager PyTorch (bench/README.md)' \
 	  'make clean        remove what was built, .venv too'
 
