@@ -13,6 +13,7 @@ from datetime import UTC, datetime
 from importlib.resources import files
 from importlib.util import find_spec
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import fastprune
@@ -505,15 +506,21 @@ def provenance(entry: Entry) -> dict[str, Any]:
     return {"entry": entry, "shared": shared, "own": own}
 
 
+def _place(path: str | Path) -> str:
+    """Seen from here, or its end: the page is sent to people whom the folders of this machine do not concern."""
+    seen = os.path.relpath(path)
+    return "/".join(Path(path).parts[-3:]).lstrip("/") if seen.startswith("..") else seen
+
+
 def _facts(run: Run) -> dict[str, str]:
     facts: dict[str, str] = {}
     for key in FACTS:
         value, name = run.facts.get(key), key.replace("_", " ")
         for inner, v in value.items() if isinstance(value, dict) else ((None, value),):
             if isinstance(v, str | int | float) and v != "":
-                facts[f"{name} {inner}".replace("_", " ") if inner else name] = str(v)[:300]
-    folder = os.path.relpath(run.path)
-    facts["folder"] = "/".join(run.path.parts[-3:]) if folder.startswith("..") else folder
+                text = _place(v) if inner in ("root", "path") else str(v)
+                facts[f"{name} {inner}".replace("_", " ") if inner else name] = text[:300]
+    facts["folder"] = _place(run.path)
     if run.modified:
         facts["last written"] = f"{run.modified:%Y-%m-%d %H:%M} UTC"
     seconds = [phase.result["seconds"] for phase in run.phases if "seconds" in phase.result]
