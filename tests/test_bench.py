@@ -10,19 +10,30 @@ import threading
 import pytest
 import torch
 from bn_cases import BACKENDS, device_for
+from PIL import Image
 from step_recorder import Recorder
 from torch import nn
 
 import fastprune as fp
 from bench import gpu_page, harness, table
-from bench.e2e import growing, growing_cifar10, iterative, latency, methods, statistics, step, trainability
+from bench.e2e import (
+    growing,
+    growing_cifar10,
+    iterative,
+    latency,
+    methods,
+    recipes_cifar10,
+    statistics,
+    step,
+    trainability,
+)
 from bench.ops import batch_norm_act as op_bench
 from bench.ops import channel_gate as gate_bench
 from bench.ops import filter_norm as filter_bench
 from bench.ops import gram_penalty as gram_bench
 from bench.ops import growing_sgd as sgd_bench
 from bench.ops import masked_conv2d as conv_bench
-from fastprune import backends, models
+from fastprune import backends, models, recipes
 from fastprune.capture import CapturedStep
 
 # ---- numbers
@@ -778,6 +789,34 @@ def test_growing_says_whether_the_papers_order_holds():
     first, second = growing_cifar10.verdicts(of)
     assert "greg-1 above l1" in first and "does not hold here, -10.00 points" in first
     assert "tpp above l1" in second and "holds here, +10.00 points after fine-tuning (last epoch -5.00)" in second
+
+
+def test_shortened_recipes_run_go_on_and_write_their_pages(tmp_path, monkeypatch, capsys):
+    for name, changes in recipes_cifar10.RUNS.items():
+        assert recipes.load(name, changes=recipes_cifar10.DATA | changes).name == name
+    for i in range(40):
+        folder = tmp_path / "images" / ("train" if i < 30 else "test") / "ab"[i % 2]
+        folder.mkdir(parents=True, exist_ok=True)
+        Image.effect_noise((32, 32), 50).convert("RGB").save(folder / f"{i}.png")
+    small = {"train.batch_size": 10, "train.epochs": 1}
+    quick = {"prune.options.update_interval": 1, "prune.options.reg_step": 0.5, "prune.options.stabilize": 2}
+    runs = {
+        "greg/resnet56-cifar10-base": {"model.name": "resnet20", **small},
+        "greg/resnet56-cifar10-greg1-0.5": {**quick, "prune.batch_size": 10, "finetune.epochs": 1},
+    }
+    monkeypatch.setattr(recipes_cifar10, "RUNS", {**runs, "tpp/resnet56-cifar10-tpp-0.5": {}})
+    monkeypatch.setattr(recipes_cifar10.fp, "tune_cpu_memory", lambda: None)
+    argv = f"bench --images {tmp_path / 'images'} --runs {tmp_path / 'runs'} --out {tmp_path / 'out'} --system greg"
+    monkeypatch.setattr(sys, "argv", argv.split())
+    recipes_cifar10.main()
+    assert "tpp/resnet56-cifar10-tpp-0.5: not finished" in capsys.readouterr().out
+    text, rows = (tmp_path / "out.md").read_text(), (tmp_path / "out" / "rows.jsonl").read_text()
+    cut = json.loads(rows.splitlines()[1])["result"]["phases"]["prune"]
+    assert f"40.6 → {cut['macs'] / 1e6:.1f}" in text and "9 x 16 of 16" not in text
+    assert "channels kept: 3 x 8 of 16, 3 x 16 of 32, 3 x 32 of 64" in text and str(tmp_path) not in rows
+    assert str(tmp_path) not in (tmp_path / "out" / "report.html").read_text()
+    recipes_cifar10.main()  # finished runs stay as they are
+    assert (tmp_path / "out" / "rows.jsonl").read_text() == rows
 
 
 def test_the_trainability_study_runs_and_writes_its_page(tmp_path, monkeypatch):
