@@ -25,7 +25,7 @@ from fastprune.errors import DataError, TrainingError
 from fastprune.methods import Method
 from fastprune.methods.iterative import IterativeMethod
 from fastprune.train.metrics import MetricsLog
-from fastprune.train.resume import Checkpoints
+from fastprune.train.resume import Checkpoints, own_random_numbers
 from fastprune.train.step import Settings, Step
 
 Batches = Iterable[tuple[Tensor, Tensor]]  # (images, labels)
@@ -92,8 +92,10 @@ def fit(
 
     With several processes (:mod:`fastprune.parallel`), all call ``fit`` alike.  Each trains on its share of every
     batch, gradients and criteria are averaged, so that all keep the same weights and cut the same channels; only the
-    first one writes.  A model with batch norms equals that of one process if these look at all shares: convert it with
-    :func:`fastprune.nn.convert_sync_batchnorm` before the method is made.
+    first one writes.  Where all were seeded alike, each draws random numbers of its own in here, such as the masks of
+    its dropout layers, and all go on with those of the first one afterwards.  A model with batch norms equals that of
+    one process if these look at all shares: convert it with :func:`fastprune.nn.convert_sync_batchnorm` before the
+    method is made.
 
     Args:
         model: On the device of the data.
@@ -141,9 +143,9 @@ def fit(
         raise ValueError(f"fit: schedule_every must be 'epoch' or 'step', got {schedule_every!r}")
     settings = Settings(precision, channels_last, compile, clip_norm, accumulate, ema, cuda_graph)
     until = until or (lambda: False)
-    with _deterministic(deterministic):
-        run = _Run(model, data, optimizer, schedule, schedule_every, method, settings)
-        run.files(log, Path(checkpoint) if checkpoint else None, checkpoint_minutes, keep_going)
+    run = _Run(model, data, optimizer, schedule, schedule_every, method, settings)
+    run.files(log, Path(checkpoint) if checkpoint else None, checkpoint_minutes, keep_going)
+    with _deterministic(deterministic), own_random_numbers(model):
         run.begin(resume, lambda: len(run.history) >= epochs or until())
         with _bar(progress, run, epochs) as bar:
             while not (len(run.history) >= epochs or until()):

@@ -9,12 +9,14 @@ import pickle
 import random
 import time
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from fastprune import parallel
 from fastprune.errors import CheckpointError, TrainingError
@@ -193,18 +195,69 @@ class Checkpoints:
 
 def _random_state(model: nn.Module) -> dict[str, Any]:
     """Of Python, NumPy, PyTorch and the GPU of ``model``."""
-    kind, keys, *rest = np.random.get_state()
-    state = {"torch": torch.get_rng_state(), "python": random.getstate()}
-    state["numpy"] = [kind, torch.from_numpy(keys.astype(np.int64)), *rest]
+    state = {"torch": torch.get_rng_state(), "python": random.getstate(), "numpy": _listed(np.random.get_state())}
     device = next(model.parameters()).device
     return state | ({"cuda": torch.cuda.get_rng_state(device)} if device.type == "cuda" else {})
 
 
 def _set_random_state(state: dict[str, Any], model: nn.Module) -> None:
-    torch.set_rng_state(state["torch"])
-    random.setstate(state["python"])
-    kind, keys, *rest = state["numpy"]
-    np.random.set_state((kind, keys.numpy().astype(np.uint32), *rest))
+    """Of those generators that ``state`` has."""
     device = next(model.parameters()).device
+    if "torch" in state:
+        torch.set_rng_state(state["torch"])
+    if "python" in state:
+        random.setstate(state["python"])
+    if "numpy" in state:
+        kind, keys, *rest = state["numpy"]
+        np.random.set_state((kind, keys.numpy().astype(np.uint32), *rest))
     if device.type == "cuda" and "cuda" in state:
         torch.cuda.set_rng_state(state["cuda"], device)
+
+
+def _listed(numpy_state: Any) -> list[Any]:
+    """With a tensor in place of the array."""
+    kind, keys, *rest = numpy_state
+    return [kind, torch.from_numpy(keys.astype(np.int64)), *rest]
+
+
+@contextmanager
+def own_random_numbers(model: nn.Module) -> Iterator[None]:
+    """Let each process draw random numbers of its own, such as its dropout masks, where all would draw the same.
+
+    Python's, NumPy's and PyTorch's generators are looked at one by one; one whose state is not the same in all
+    processes was seeded on purpose and is left alone.  Process 0 goes on with its own numbers, the others get streams
+    that follow from the common state and their rank.  Behind the block all have the state of process 0, after an
+    exception the one from before, which needs no talk between processes that may be gone.
+    """
+    if parallel.processes() == 1:
+        yield
+        return
+    before = _random_state(model)
+    digests = {name: _digest(state) for name, state in before.items()}
+    everybodys = parallel.gathered(digests)
+    alike = [name for name, digest in digests.items() if all(theirs.get(name) == digest for theirs in everybodys)]
+    if rank := parallel.rank():
+        device = next(model.parameters()).device
+        _set_random_state({name: _stream(name, digests[name], rank, device) for name in alike}, model)
+    try:
+        yield
+    except BaseException:
+        _set_random_state({name: before[name] for name in alike}, model)
+        raise
+    now = _random_state(model)
+    _set_random_state(parallel.as_first_says({name: now[name] for name in alike}), model)
+
+
+def _digest(state: Any) -> bytes:
+    items = state if isinstance(state, list | tuple) else [state]
+    return hashlib.sha256(repr([t.tolist() if isinstance(t, Tensor) else t for t in items]).encode()).digest()
+
+
+def _stream(name: str, digest: bytes, rank: int, device: torch.device) -> Any:
+    """A state of the generator ``name``."""
+    seed = int.from_bytes(hashlib.sha256(digest + rank.to_bytes(4, "little")).digest()[:4], "little")
+    if name == "python":
+        return random.Random(seed).getstate()
+    if name == "numpy":
+        return _listed(np.random.RandomState(seed).get_state())
+    return torch.Generator(device if name == "cuda" else "cpu").manual_seed(seed).get_state()
