@@ -200,6 +200,16 @@ def test_the_average_is_the_formulas_and_is_what_is_best():
         run(ema=1.5)
 
 
+def test_buffers_that_are_no_floats_are_not_averaged():
+    """As Swin's relative_position_index: 0.1 * i + 0.9 * i may be a little less than i."""
+    model = net()
+    model.register_buffer("index", torch.arange(1000))
+    _, history = run(model, epochs=1, ema=0.9)
+    assert torch.equal(history.ema.index, torch.arange(1000))
+    assert torch.equal(history.ema[1].num_batches_tracked, model[1].num_batches_tracked)
+    assert not torch.equal(history.ema[1].running_mean, model[1].running_mean)
+
+
 def test_the_average_follows_cuts():
     model, history = run(method=("taylor-gate", CUTTING), ema=0.9)
     assert [p.shape for p in history.ema.parameters()] == [p.shape for p in model.parameters()]

@@ -210,7 +210,7 @@ class _Run:
         saved = self.checkpoints.load() if resume else None
         ema = None
         if self.settings.ema is not None:  # a copy of the model as small as it is by now
-            ema = AveragedModel(self.model, multi_avg_fn=get_ema_multi_avg_fn(self.settings.ema), use_buffers=True)
+            ema = AveragedModel(self.model, multi_avg_fn=_averaging(self.settings.ema), use_buffers=True)
         self.step = Step(self.model, self.optimizer, self.method, ema, self.settings)
         later = {"ema": ema, "scaler": self.step.scaler}
         self.checkpoints.parts |= {name: part for name, part in later.items() if part is not None}
@@ -375,6 +375,20 @@ def _grouped(batches: Batches, size: int) -> Iterator[list[tuple[Tensor, Tensor]
     iterator = iter(batches)
     while group := list(islice(iterator, size)):
         yield group
+
+
+def _averaging(decay: float) -> Callable[[list[Tensor], list[Tensor], Tensor], None]:
+    """PyTorch's, but what is no float is copied: an index that is averaged is cut off to the one below."""
+    average = get_ema_multi_avg_fn(decay)
+
+    @torch.no_grad()
+    def update(averaged: list[Tensor], current: list[Tensor], count: Tensor) -> None:
+        if averaged[0].is_floating_point() or averaged[0].is_complex():
+            average(averaged, current, count)
+        else:
+            torch._foreach_copy_(averaged, current)
+
+    return update
 
 
 def _bar(progress: bool, run: _Run, epochs: int) -> tqdm:
