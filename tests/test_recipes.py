@@ -190,6 +190,13 @@ def test_reduced_families(name):
 
 
 @pytest.mark.parametrize("net, channels", [("wrn-40-2", 1344), ("densenet-bc-100", 2304)])
+def test_fisher_stops_where_set_says(net, channels):
+    """As the recipes' notes promise of N."""
+    recipe = recipes.load(f"fisher/{net}-fisher-scratch", changes={"prune.options.max_removed": 900})
+    assert run.plan(recipe, *sizes(recipe)).note.startswith(f"{channels - 900} of {channels} channels stay")
+
+
+@pytest.mark.parametrize("net, channels", [("wrn-40-2", 1344), ("densenet-bc-100", 2304)])
 def test_fisher_masks_all_channels_inside_blocks(net, channels):
     for method in ("fisher", "l1"):
         assert sum(of for _, of in planned(f"fisher/{net}-{method}").layers.values()) == channels
