@@ -366,7 +366,7 @@ class Run:
             self._save(self._start(base), self._first())
         for number, (name, phase) in enumerate(self.recipe.phases.items()):
             if name not in self.result["phases"]:
-                block = self._phase(name, phase, number)
+                block, self.result["dense"] = self._phase(name, phase, number)
                 self.result["phases"][name] = block
                 self.result["finished"] = len(self.result["phases"]) == len(self.recipe.phases)
                 if parallel.rank() == 0:
@@ -382,7 +382,7 @@ class Run:
     def _no_result(self) -> dict[str, Any]:
         r = self.recipe
         known = {"recipe": r.name, "seed": r.seed, "tiny": self.tiny, "finished": False}
-        return {"format": FORMAT, **known, "published": _known(r.published), "phases": {}}
+        return {"format": FORMAT, **known, "published": _known(r.published), "dense": {}, "phases": {}}
 
     def _facts(self, base: dict[str, Any] | None) -> dict[str, Any]:
         r, images = self.recipe, self.images
@@ -450,7 +450,8 @@ class Run:
 
     # Phases
 
-    def _phase(self, name: str, phase: Training, number: int) -> dict[str, Any]:
+    def _phase(self, name: str, phase: Training, number: int) -> tuple[dict[str, Any], dict[str, int]]:
+        """Its block of ``result.json``, and what the network costs that it all began with."""
         r = self.recipe
         network = self._before(name)
         # nothing of the random numbers that earlier phases drew matters: a resumed run has not drawn them
@@ -506,7 +507,8 @@ class Run:
             "seconds": sum(row["seconds"] for row in history),
         }
         self._save(model, NETWORKS[name], method if name == "prune" else None)
-        return block | costs(model, self.example, self._load("dense"))
+        dense = flops(self._load("dense"), self.example[:1])
+        return block | costs(model, self.example, dense), {key: dense[key] for key in ("macs", "params")}
 
 
 def make_model(recipe: Recipe, classes: int, channels: int, *, weights: bool = True) -> nn.Module:
@@ -598,9 +600,9 @@ def _holder(model: nn.Module, example: Tensor, holds: bool) -> Method | None:
     return method
 
 
-def costs(model: nn.Module, example: Tensor, start: nn.Module) -> dict[str, Any]:
-    """MACs, parameters, zeros, and the output channels of each layer, now and at the start."""
-    now, before = flops(model, example[:1]), flops(start, example[:1])
+def costs(model: nn.Module, example: Tensor, before: Mapping[str, Any]) -> dict[str, Any]:
+    """MACs, parameters, zeros, and the output channels of each layer, now and ``before`` (:func:`flops`)."""
+    now = flops(model, example[:1])
     widths = {row["name"]: row["out_channels"] for row in now["layers"]}
     layers = (m for m in model.modules() if isinstance(m, nn.modules.conv._ConvNd | nn.Linear))
     return {

@@ -254,6 +254,10 @@ def test_dense_cost_from_the_run_it_began_with(folder, tmp_path):
     )
     run = report.read(out)
     assert run.points[0] == ("dense", result(folder, 1)["train"]["macs"], phases["prune"]["acc_before"])
+    about["base"] = None  # torchvision's weights, say: the run itself knows
+    known = json.dumps({"finished": True, "dense": {"macs": 12345, "params": 67}, "phases": phases})
+    out = change(folder, tmp_path / "own", run_json=json.dumps(about), result_json=known)
+    assert report.read(out).points[0] == ("dense", 12345, phases["prune"]["acc_before"])
 
 
 def test_resumed_rows_replace_old_ones(tmp_path):

@@ -83,6 +83,7 @@ def test_every_family_runs(name, tmp_path):
     example = run.example_of(images)
     dense = fp.load(out / "dense.safetensors")
     before = fp.flops(dense, example[:1])
+    assert result["dense"] == {"macs": before["macs"], "params": before["params"]}
     for phase, block in result["phases"].items():
         rows = [row for row in metrics if row["phase"] == phase]
         assert [row["epoch"] for row in rows] == list(range(block["epochs"]))

@@ -335,6 +335,7 @@ def _read_about(run: Run, about: dict[str, Any]) -> None:
 
 
 def _read_result(run: Run, result: dict[str, Any]) -> None:
+    run.facts["dense"] = result.get("dense")
     phases = result.get("phases")
     for name, values in phases.items() if isinstance(phases, dict) else ():
         if isinstance(values, dict):
@@ -348,7 +349,7 @@ def _find_points(run: Run) -> None:
     ended = [phase for phase in run.phases if "macs" in phase.result and _acc(phase) is not None]
     if run.points:  # a call of prune_finetune: before and after the cut
         ended = ended[-1:]
-    elif ended and "acc_before" in ended[0].result and (macs := _macs_of_base(run)) is not None:
+    elif ended and ended[0].name != "train" and "acc_before" in ended[0].result and (macs := _dense_macs(run)):
         run.points = [("dense", macs, ended[0].result["acc_before"])]
     names = {"train": "dense", "prune": "after the cut", "finetune": "fine-tuned", "scratch": "trained from scratch"}
     run.points += [(names.get(p.name, p.name), p.result["macs"], _acc(p)) for p in ended]
@@ -359,9 +360,11 @@ def _acc(phase: Phase) -> float | None:
     return phase.result.get("acc", phase.result.get("acc_last"))
 
 
-def _macs_of_base(run: Run) -> float | None:
-    """MACs of the network that another run trained and this one began with."""
-    base = run.facts.get("base")
+def _dense_macs(run: Run) -> float | None:
+    """MACs of the network that the run began with; of older runs, of the one that another run trained."""
+    dense, base = run.facts.get("dense"), run.facts.get("base")
+    if isinstance(dense, dict) and (macs := real(dense.get("macs"))):
+        return macs
     if not isinstance(base, dict) or not isinstance(base.get("path"), str):
         return None
     text = _text_of(run, os.path.join(os.path.dirname(os.path.abspath(base["path"])), "result.json"))
