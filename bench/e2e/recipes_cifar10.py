@@ -36,7 +36,7 @@ FISHER = {"prune.options.frequency": 8, "prune.options.per_cut": 20, "prune.opti
 RUNS: dict[str, dict[str, Any]] = {  # recipe: what is changed besides DATA, in the order they are done
     "rni/resnet56-cifar10-rni-train": {"data.limit": 20000, "train.epochs": 6},
     "rni/resnet56-cifar10-rni-0.5": {"data.limit": 20000, "finetune.epochs": 4},
-    "greg/resnet56-cifar10-base": {"data.limit": 20000, "train.epochs": 6},
+    "greg/resnet56-cifar10-base": {"data.limit": 20000, "train.epochs": 6, "train.batch_size": 64},
     "greg/resnet56-cifar10-greg1-0.5": {
         "data.limit": 20000, **GROWTH, "finetune.epochs": 2, "importances_every": 1,
     },
