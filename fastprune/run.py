@@ -174,10 +174,23 @@ def _base(
         return None
     if "train" not in result["phases"] or not (out / "dense.safetensors").exists():
         raise ValueError(f"run: {out} holds no trained dense.safetensors, which {recipe.name} starts from")
-    if (was := recipes.load(str(out / "recipe.yaml"))) != wanted:
+    was = recipes.load(str(out / "recipe.yaml"))
+    for key in ("mean", "std"):
+        there, here = getattr(was.data, key), getattr(wanted.data, key)
+        if there != here:
+            raise ValueError(
+                f"run: {recipe.name} starts from {out}, trained on images with data.{key} {_shown(there)}, and would "
+                f"go on with {_shown(here)}; --set data.{key}={_shown(there)}, or --out another folder"
+            )
+    if was != wanted:
         say(f"{recipe.name} starts from {out}, of another recipe: {_first_difference(asdict(was), asdict(wanted))}")
     path = str(out / "dense.safetensors")
     return {"recipe": wanted.name, "path": path, "acc": result["phases"]["train"]["acc"]}
+
+
+def _shown(value: Sequence[float] | None) -> str:
+    """As ``--set`` takes it."""
+    return "null" if value is None else f"[{','.join(map(str, value))}]"
 
 
 # What it would do -----------------------------------------------------------------------------------------------------

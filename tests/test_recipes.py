@@ -288,6 +288,16 @@ def test_many_cuts_need_training():
         recipes.load("fisher/wrn-40-2-fisher", changes={"prune.epochs": 0})
 
 
+def test_changes_leave_what_comes_from_the_base():
+    base, name = "greg/resnet56-cifar10-base", "tpp/resnet56-cifar10-tpp-0.5"
+    folder = {"data.name": "imagefolder", "data.limit": 50}
+    assert recipes.load(name, changes=folder).data == recipes.load(base, changes=folder).data
+    assert recipes.load(name, changes={"model.name": "resnet20"}).model.fuse
+    changed = recipes.load(name, changes={"base": "rni/resnet56-cifar10-l1-train", "data.limit": 50})
+    assert changed.data == recipes.load("rni/resnet56-cifar10-l1-train", changes={"data.limit": 50}).data
+    assert changed.model == recipes.load("rni/resnet56-cifar10-l1-train").model
+
+
 def test_unknown_recipe():
     with pytest.raises(ValueError, match=r"did you mean 'greg/resnet56-cifar10-greg2-0\.5'"):
         recipes.load("greg/resnet56-cifar10-greg-0.5")

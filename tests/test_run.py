@@ -199,6 +199,10 @@ def test_a_base_of_another_recipe_is_named(tmp_path):
     said = []
     run.run(name, runs=tmp_path, **{**QUIET, "say": said.append})
     assert said[0].endswith("of another recipe: train.lr was 0.05 then, and is 0.1 now") and len(said) == 3
+    other = {"data.mean": [0.5, 0.5, 0.5], "data.std": [1, 1, 1]}  # the base would see images as it never has
+    with pytest.raises(ValueError, match=r"with data.mean null, .* with \[0.5,0.5,0.5\]; --set data.mean=null"):
+        run.run("rni/vgg16-cifar10-ucs-0.9", runs=tmp_path, changes=other, **QUIET)
+    assert not run.folder(recipes.load("rni/vgg16-cifar10-ucs-0.9", tiny=True), True, tmp_path).exists()
 
 
 def test_pruning_cut_short_says_so(tmp_path):

@@ -111,15 +111,19 @@ def raw_recipe(
         for key, value in raw["tiny"].items():
             if key.partition(".")[0] not in PHASES or raw.get(key.partition(".")[0]) is not None:
                 put(raw, key, value, where)
-    for key, value in (changes or {}).items():
+    changes = dict(changes or {})
+    of_base = {key: changes.pop(key) for key in list(changes) if key.partition(".")[0] == "base"}
+    for key, value in of_base.items():
         put(raw, key, value, "--set")
     base = {"recipe": raw["base"]} if isinstance(raw.get("base"), str) else raw.get("base")  # by --set
     if isinstance(base, Mapping) and isinstance(base.get("recipe"), str):
-        of_base, _ = raw_recipe(base.get("recipe"), tiny=tiny, changes=base.get("set"))
-        for key in ("data", "model"):
+        inherited, _ = raw_recipe(base.get("recipe"), tiny=tiny, changes=base.get("set"))
+        for key in ("data", "model"):  # before other changes: --set data.name=... keeps the base's mean and std
             own = raw.get(key, {})
             if isinstance(own, Mapping) and "name" not in own:
-                raw[key] = merged(of_base.get(key), own)
+                raw[key] = merged(inherited.get(key), own)
+    for key, value in changes.items():
+        put(raw, key, value, "--set")
     return raw, where
 
 
