@@ -40,7 +40,10 @@ RUNS: dict[str, dict[str, Any]] = {  # recipe: what is changed besides DATA, in 
     "greg/resnet56-cifar10-greg1-0.5": {
         "data.limit": 20000, **GROWTH, "finetune.epochs": 2, "importances_every": 1,
     },
-    "tpp/resnet56-cifar10-tpp-0.5": {"data.limit": 20000, **GROWTH, "finetune.epochs": 2, "importances_every": 1},
+    "tpp/resnet56-cifar10-tpp-0.5": {
+        "data.limit": 20000, **GROWTH, "prune.options.zero_out_interval": 1, "finetune.epochs": 2,
+        "importances_every": 1,
+    },
     "taylor/resnet50-imagenet-72": {
         "data.limit": 20000, **RESNET56, "prune.epochs": 2, "prune.batch_size": 64, "prune.schedule.at": [1], **TAYLOR,
     },
