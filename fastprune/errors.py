@@ -1,8 +1,9 @@
-"""Errors a user of fastprune can meet, and the hint that goes with a misspelt name."""
+"""Errors a user of fastprune can meet, the hint that goes with a misspelt name, and what others' code raises."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from difflib import get_close_matches
 
 
@@ -39,3 +40,18 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
     known = sorted(known)
     near = get_close_matches(name, known, n=1)
     return (f"; did you mean {near[0]!r}?" if near else ".") + f" Known: {', '.join(known)}"
+
+
+@contextmanager
+def in_a_line(what: str, hint: str = "") -> Iterator[None]:
+    """Say in a line what fails: code that is not ours may raise anything.
+
+    Errors of ours, ``ValueError`` and ``OSError`` are handed on as they are.
+    """
+    try:
+        yield
+    except (FastpruneError, ValueError, OSError):
+        raise
+    except Exception as error:
+        reason = str(error).strip().partition("\n")[0] or type(error).__name__
+        raise ValueError(f"{what}: {reason}{hint}") from error

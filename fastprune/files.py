@@ -8,8 +8,8 @@ import os
 import re
 import sys
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from fastprune import checkpoint, data, methods, models
 from fastprune.compact import compact
-from fastprune.errors import FastpruneError, did_you_mean
+from fastprune.errors import FastpruneError, did_you_mean, in_a_line
 from fastprune.export import FORMATS, export
 from fastprune.flops import flops
 from fastprune.graph import trace
@@ -175,16 +175,9 @@ def text_of(shape: Sequence[int]) -> str:
 # Networks -------------------------------------------------------------------------------------------------------------
 
 
-@contextmanager
-def running(what: str, hint: str = "; name the right one with --input") -> Iterator[None]:
+def running(what: str, hint: str = "; name the right one with --input") -> AbstractContextManager[None]:
     """Say in a line that a network does not run on ``what``: its own code may raise anything."""
-    try:
-        yield
-    except (FastpruneError, ValueError):
-        raise
-    except Exception as error:
-        reason = str(error).strip().partition("\n")[0] or type(error).__name__
-        raise ValueError(f"the network does not run on {what}: {reason}{hint}") from error
+    return in_a_line(f"the network does not run on {what}", hint)
 
 
 def maker(text: str) -> Callable[[], nn.Module]:
@@ -274,13 +267,8 @@ def test(
         options = {"image_size": noted[1]} | options
     known = _data_of_run(path, dataset)
     options = known.pop("options", {}) | options
-    try:
+    with in_a_line(f"{dataset} cannot be made with {options}", "; mend what --set says"):
         images = data.load(dataset, root, device=device, limit=limit, **known, **options)
-    except (RuntimeError, TypeError) as error:  # a value that makes no sense to the data set
-        if isinstance(error, FastpruneError):
-            raise
-        reason = str(error).partition("\n")[0]
-        raise ValueError(f"{dataset} cannot be made with {options}: {reason}; mend what --set says") from error
     loader = images.loaders(batch_size).test
     small = small.to(device)
     with running(f"images of {dataset}, {text_of(images.image_shape)}"):

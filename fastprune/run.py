@@ -27,8 +27,8 @@ from torch.optim.lr_scheduler import LambdaLR
 import fastprune as fp
 from fastprune import checkpoint, data, methods, models, parallel, recipes
 from fastprune.compact import compact
-from fastprune.data import ImageSet
-from fastprune.errors import DataError
+from fastprune.data import ImageSet, example_of
+from fastprune.errors import DataError, in_a_line
 from fastprune.flops import flops
 from fastprune.methods.base import Method
 from fastprune.methods.greg import GrowingMethod
@@ -88,8 +88,7 @@ def run(
     changes = dict(changes or {}) | ({} if seed is None else {"seed": seed})
     recipe = recipes.load(name, tiny=tiny, changes=changes)
     device = parallel.start(device)
-    e = recipe.engine
-    Settings(compile=e.compile, accumulate=e.accumulate, cuda_graph=e.cuda_graph).check_device(device)
+    Settings.of(asdict(recipe.engine)).check(device)
     say = say if parallel.rank() == 0 else lambda line: None
     work = Run(recipe, folder(recipe, tiny, runs), device, root, tiny, changes, progress, say, tensorboard)
     if parallel.as_first_says((work.out / "run.json").exists()) and not resume:
@@ -150,17 +149,8 @@ def load_data(recipe: Recipe, root: str | Path | None, device: torch.device | st
             "--set data.name=imagefolder reads folders of images"
         )
     options = {key: value for key, value in asdict(recipe.data).items() if key not in ("name", "options")}
-    with _wrong_types("data.options"):
+    with in_a_line("data.options"):
         return data.load(recipe.data.name, root, device=device, **options, **recipe.data.options)
-
-
-@contextmanager
-def _wrong_types(key: str) -> Iterator[None]:
-    """Options are handed on as they are; what Python says of wrong ones is for the user."""
-    try:
-        yield
-    except TypeError as error:
-        raise ValueError(f"{key}: {error}") from error
 
 
 def _base(
@@ -312,7 +302,7 @@ def time_per_epoch(recipe: Recipe, name: str, images: ImageSet, device: torch.de
     method = make_method(phase, model, example_of(images)) if phase.method else None
     optimizer = make_optimizer(phase, model)
     batches = len(images.loaders(phase.batch_size).train)
-    epochs = math.ceil(steps_needed(method) / batches) if phase.epochs is None else phase.epochs
+    epochs = epochs_of(phase, method, batches)
     few = images.limit(4 * phase.batch_size).loaders(phase.batch_size)
     for _ in range(2):  # the first epoch warms up
         few = images.limit(4 * phase.batch_size).loaders(phase.batch_size)
@@ -355,13 +345,22 @@ class Run:
             )
 
     def try_out(self, images: ImageSet) -> None:
-        """Make network and methods once: what they refuse shows here, before hours of other phases, or of the base."""
-        if not parallel.as_first_says((self.out / "run.json").exists()):
-            torch.manual_seed(self.recipe.seed)
-            model = make_model(self.recipe, len(images.classes), images.image_shape[0], weights=False)
-            for phase in self.recipe.phases.values():
-                if phase.method is not None:
-                    make_method(phase, model, example_of(images).cpu())
+        """Make once what the phases need: what is refused shows here, before a folder is made or a base trained."""
+        if parallel.as_first_says((self.out / "run.json").exists()):
+            return
+        r, example = self.recipe, example_of(images).cpu()
+        torch.manual_seed(r.seed)
+        model = make_model(r, len(images.classes), images.image_shape[0], weights=False)
+        with in_a_line(f"{r.model.name} does not run on images of {r.data.name}, {tuple(example.shape[1:])}"):
+            flops(model, example[:1])
+        for name, phase in r.phases.items():
+            batches = len(images.loaders(phase.batch_size, r.seed).train)
+            method = make_method(phase, model, example) if phase.method is not None else None
+            Settings.of(asdict(r.engine)).check(self.device, method)
+            epochs = epochs_of(phase, method, batches)
+            make_schedule(phase.schedule, make_optimizer(phase, model), epochs)
+            if name == "scratch":
+                from_scratch(model, r.seed)
 
     def do(self, images: ImageSet, base: dict[str, Any] | None) -> None:
         """All phases that are not done yet."""
@@ -480,9 +479,7 @@ class Run:
         optimizer = make_optimizer(phase, model)
         board = self.out / "tensorboard" / name if self.tensorboard and parallel.rank() == 0 else None
         log = PhaseLog(self.out, name, method if phase.method else None, r.importances_every, phase.epochs, board)
-        epochs = phase.epochs
-        if epochs is None:
-            epochs = math.ceil(steps_needed(method) / len(loaders.train))
+        epochs = epochs_of(phase, method, len(loaders.train))
         history = []
         if epochs:
             history = fit(
@@ -531,20 +528,21 @@ def make_model(recipe: Recipe, classes: int, channels: int, *, weights: bool = T
         options.setdefault("in_channels", channels)
     elif weights and recipe.model.weights is not None:
         options["weights"] = recipe.model.weights
-    with _wrong_types("model.options"):
+    with in_a_line("model.options"):
         return models.create(recipe.model.name, classes, **options)
-
-
-def example_of(images: ImageSet) -> Tensor:
-    """Two test images, normalised."""
-    return next(iter(images.limit(2).loaders(2).test))[0]
 
 
 def make_method(phase: Training, model: nn.Module, example: Tensor) -> Method:
     aim = {}
     if isinstance(phase, Pruning):
         aim = {key: getattr(phase, key) for key in ("ratio", "scope", "target_macs", "target_params")}
-    return methods.create(phase.method, model, example, **aim, **phase.options)
+    method = methods.create(phase.method, model, example, **aim, **phase.options)
+    if isinstance(phase, Pruning):
+        if phase.compact == (isinstance(method, MagnitudeMethod) and method.by_weight):
+            raise ValueError("run: expected prune.compact=false for single weights, group=weight or N:M, and else true")
+        if phase.epochs == 0 and isinstance(method, IterativeMethod) and method.per_step:
+            raise ValueError(f"run: {method.name} makes its scores while it trains; give prune.epochs, 1 or more")
+    return method
 
 
 def make_optimizer(phase: Training, model: nn.Module) -> torch.optim.SGD:
@@ -568,6 +566,13 @@ def make_schedule(schedule: Schedule, optimizer: torch.optim.Optimizer, epochs: 
         return 1.0
 
     return LambdaLR(optimizer, factor)
+
+
+def epochs_of(phase: Training, method: Method | None, batches: int) -> int:
+    """Of a phase with so many batches each; where it ends with its method, at most."""
+    if phase.epochs != 0 and batches == 0:
+        raise DataError(f"run: expected at least a training image for each of {parallel.processes()} processes")
+    return math.ceil(steps_needed(method) / batches) if phase.epochs is None else phase.epochs
 
 
 def steps_needed(method: Method) -> int:
@@ -597,8 +602,6 @@ def cut(
     keep = method.keep_masks()
     whole = method.survivors() if isinstance(method, IterativeMethod) and method.cuts is not None else keep
     channels = {name: [int(mask.sum()), len(mask)] for name, mask in whole.items()}
-    if not phase.compact:
-        raise ValueError("run: prune.compact=false is for single weights, options.group=weight or N:M")
     if not all(mask.all() for mask in keep.values()):
         compact(model, keep, example, graph=method.graph, check=check)
     return model, channels
@@ -694,7 +697,10 @@ def _write(path: Path, text: str) -> None:
 
 def _read_json(path: Path) -> Any:
     """None if there is no such file."""
-    return json.loads(path.read_text()) if path.exists() else None
+    try:
+        return json.loads(path.read_text()) if path.exists() else None
+    except ValueError as error:
+        raise ValueError(f"run: {path} is damaged; remove its folder, or put a copy of the file back") from error
 
 
 def _write_json(path: Path, content: Any) -> None:

@@ -254,7 +254,7 @@ def test_own_network(capsys, own):
         (("eval", "NET", "--dataset", "digts"), "did you mean 'digits'"),
         (("eval", "NET", "--dataset", "synthetic"), "does not run on images of synthetic"),
         (("eval", "NET", "--dataset", "digits", "--set", "image_size=9"), "has no option 'image_size'"),
-        (("eval", "NET", "--dataset", "synthetic", "--set", "size=-3"), "mend what --set says"),
+        (("eval", "NET", "--dataset", "synthetic", "--set", "size=-3"), "expected size >= 1, got -3"),
         (("eval", "NET", "--dataset", "synthetic", "--set", "size=x"), "mend what --set says"),
         (("eval", "NET", "--dataset", "synthetic", "--set", "classes=1000000000000"), "mend what --set says"),
         (("eval", "NET", "--dataset", "digits", "--device", "cuda:77"), "no device"),

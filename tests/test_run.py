@@ -306,6 +306,36 @@ def test_nothing_is_written_when_the_data_is_missing(tmp_path, capsys):
         ),
         (["run", "greg/vgg19-cifar100-l1-0.5", "--tiny", "--set", "prune.ratio=1.5"], "ratio"),  # before the base
         (["list", "recipes", "xyz"], "no recipe fits 'xyz'"),
+        *(
+            (["run", "fisher/wrn-reduced-depth16", "--tiny", "--device", "cpu", "--set", change], says)
+            for change, says in {
+                "data.options.n_train=0": "synthetic: expected n_train >= 1, got 0",
+                "data.options.n_test=-1": "synthetic: expected n_test >= 1, got -1",
+                "data.options.n_train=99999999999999": "data.options: ",
+                "data.mean=[0.5]": "expected 3 means and positive stds",
+                "data.std=[0, 1, 1]": "expected 3 means and positive stds",
+                "data.std=[.nan, 1, 1]": "data.std[0]: expected a finite number, got nan",
+                "data.pad=-1": "pad >= 0",
+                "data.pad=999999999": "expected a pad of at most",
+                "model.options.depth=-2": "",
+                "train.lr=.inf": "train.lr: expected a finite number, got inf",
+                "train.momentum=.nan": "train.momentum: expected a finite number, got nan",
+                "train.schedule.factor=-1": "train.schedule.factor: expected 0 or more, got -1",
+                "train.schedule.at=[.nan]": "expected a finite number",
+                "engine.clip_norm=-.inf": "engine.clip_norm: expected a finite number",
+            }.items()
+        ),
+        *(
+            (["run", "greg/vgg19-cifar100-l1-0.5", "--tiny", "--device", "cpu", "--set", change], says)
+            for change, says in {
+                "prune.compact=false": "expected prune.compact=false for single weights",
+                "prune.options.group=weight": "expected prune.compact=false for single weights",
+                "data.options.size=1": "does not run on images of synthetic, (3, 1, 1): ",
+                "prune.ratio=.nan": "prune.ratio: expected a finite number",
+                "prune.method=taylor-gate": "taylor-gate makes its scores while it trains; give prune.epochs",
+                "prune.epochs=null": "l1 is never done by itself; give prune.epochs",
+            }.items()
+        ),
     ],
 )
 def test_bad_input_is_one_line(capsys, tmp_path, monkeypatch, argv, says):

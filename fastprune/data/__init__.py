@@ -2,7 +2,7 @@
 
 from fastprune.data import cifar, folder, stream, toy
 from fastprune.data.loader import Loader
-from fastprune.data.sets import DATASETS, ImageSet, Loaders, load, register
+from fastprune.data.sets import DATASETS, ImageSet, Loaders, example_of, load, register
 from fastprune.data.stream import StreamLoader, StreamSet
 
 __all__ = [
@@ -13,6 +13,7 @@ __all__ = [
     "StreamLoader",
     "StreamSet",
     "cifar",
+    "example_of",
     "folder",
     "load",
     "register",

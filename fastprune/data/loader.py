@@ -58,6 +58,8 @@ class Loader:
             raise ValueError(f"Loader: expected {channels} means and positive stds, got mean {mean} and std {std}")
         if batch_size < 1 or pad < 0:
             raise ValueError(f"Loader: expected batch_size >= 1 and pad >= 0, got {batch_size} and {pad}")
+        if pad > max(images.shape[2:]):
+            raise ValueError(f"Loader: expected a pad of at most {max(images.shape[2:])}, the images' size, got {pad}")
         self.rank, self.processes, self.even = parallel.rank(), parallel.processes(), even
         if even and batch_size % self.processes:
             raise ValueError(

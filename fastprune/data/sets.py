@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from fastprune import parallel
 from fastprune.data.loader import Loader
 from fastprune.errors import did_you_mean
 
@@ -79,6 +80,13 @@ class ImageSet:
             **norm,
         )
         return Loaders(train, Loader(self.test_images, self.test_labels, batch_size=max(batch_size, 250), **norm))
+
+
+def example_of(data: Any) -> Tensor:
+    """Two test images of an :class:`ImageSet` or a stream, normalised, the same in all processes."""
+    test = data.limit(2).loaders(2 * parallel.processes()).test
+    test.rank, test.processes = 0, 1  # not a share of them
+    return next(iter(test))[0]
 
 
 def register(fn: Callable[..., ImageSet]) -> Callable[..., ImageSet]:

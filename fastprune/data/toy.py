@@ -42,6 +42,10 @@ def synthetic(
     seed: int = 0,
 ) -> ImageSet:
     """One random picture per class under heavy noise: any size, learnable, the same for the same seed."""
+    sizes = {"classes": classes, "size": size, "channels": channels, "n_train": n_train, "n_test": n_test}
+    for key, value in sizes.items():
+        if value < 1:
+            raise ValueError(f"synthetic: expected {key} >= 1, got {value}")
     draw = torch.Generator().manual_seed(seed)
     pictures = torch.randint(256, (classes, channels, size, size), generator=draw).float()
 

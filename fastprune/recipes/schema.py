@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 import types
 from collections.abc import Iterable, Mapping
 from dataclasses import MISSING, dataclass, field, fields, is_dataclass
@@ -187,8 +188,8 @@ def _make(cls: type, raw: Any, path: str, file: str) -> Any:
 
 def _value(hint: Any, value: Any, path: str, file: str) -> Any:
     """``value`` as ``hint`` wants it."""
-    if hint is Any:
-        return value
+    if hint is Any or (hint is float and type(value) is float):
+        return _finite(value, path, file)
     if get_origin(hint) in (Union, types.UnionType):
         if value is None and type(None) in get_args(hint):
             return None
@@ -207,11 +208,20 @@ def _value(hint: Any, value: Any, path: str, file: str) -> Any:
         fits = value in get_args(hint)
     elif get_origin(hint) is dict:
         if isinstance(value, Mapping):
-            return {str(key): v for key, v in value.items()}
-    elif hint is float and type(value) is int:
+            return {str(key): _finite(v, _join(path, key), file) for key, v in value.items()}
+    elif hint is float and type(value) is int and abs(value) < 1 << 1000:
         return float(value)
     if not fits:
         raise _fail(file, path, f"expected {_describe(hint)}, got {value!r}")
+    return value
+
+
+def _finite(value: Any, path: str, file: str) -> Any:
+    """``value`` itself, whatever it is, if no number in it is infinite or NaN."""
+    for item in value.values() if isinstance(value, Mapping) else value if isinstance(value, list | tuple) else ():
+        _finite(item, path, file)
+    if isinstance(value, float) and not math.isfinite(value):
+        raise _fail(file, path, f"expected a finite number, got {value}")
     return value
 
 
@@ -285,6 +295,9 @@ def _check(recipe: Recipe, file: str) -> None:
         need(f"{name}.nesterov", not phase.nesterov or phase.momentum > 0, f"{name}.momentum must be above 0 with it")
         warmup = phase.schedule.warmup
         need(f"{name}.schedule.warmup", warmup >= 0, f"expected 0 or more, got {warmup}")
+        for key in ("factor", "last"):  # a rate below 0 would climb
+            value = getattr(phase.schedule, key)
+            need(f"{name}.schedule.{key}", value >= 0, f"expected 0 or more, got {value:g}")
         for i, at in enumerate(phase.schedule.at):
             low = at > 0 and (at < 1 or (at == int(at) and (phase.epochs is None or at < phase.epochs)))
             what = f"expected a share below 1 or a whole epoch before {name}.epochs={phase.epochs}, got {at:g}"

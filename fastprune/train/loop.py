@@ -23,7 +23,6 @@ from fastprune import parallel
 from fastprune.checkpoint import about_method
 from fastprune.errors import DataError, TrainingError
 from fastprune.methods import Method
-from fastprune.methods.iterative import IterativeMethod
 from fastprune.train.metrics import MetricsLog
 from fastprune.train.resume import Checkpoints, own_random_numbers
 from fastprune.train.step import Settings, Step
@@ -168,11 +167,7 @@ class _Run:
         method: Method | None,
         settings: Settings,
     ) -> None:
-        if settings.precision == "fp16" and isinstance(method, IterativeMethod):
-            raise ValueError(
-                f"fit: {method.name} scores by gradients, which the GradScaler of fp16 scales; take precision='bf16'"
-            )
-        settings.check_device(next(model.parameters()).device)
+        settings.check(next(model.parameters()).device, method)
         if settings.channels_last:
             model.to(memory_format=torch.channels_last)
         self.model, self.optimizer, self.schedule, self.method = model, optimizer, schedule, method

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
@@ -33,6 +33,11 @@ class Settings:
     ema: float | None = None
     cuda_graph: bool = False
 
+    @classmethod
+    def of(cls, options: Mapping[str, Any]) -> Settings:
+        """From all that ``fit`` takes."""
+        return cls(**{f.name: options[f.name] for f in fields(cls)})
+
     def __post_init__(self) -> None:
         if self.precision not in PRECISIONS:
             raise ValueError(f"fit: precision must be one of {', '.join(PRECISIONS)}, got {self.precision!r}")
@@ -43,11 +48,15 @@ class Settings:
         if self.ema is not None and not 0 < self.ema < 1:
             raise ValueError(f"fit: ema must lie between 0 and 1, got {self.ema}")
 
-    def check_device(self, device: torch.device) -> None:
+    def check(self, device: torch.device, method: Method | None = None) -> None:
         """
         Raises:
-            ValueError: ``cuda_graph``, and something that a graph cannot hold.
+            ValueError: fp16 with a method that refuses it, or ``cuda_graph`` and something that a graph cannot hold.
         """
+        if self.precision == "fp16" and isinstance(method, IterativeMethod):
+            raise ValueError(
+                f"fit: {method.name} scores by gradients, which the GradScaler of fp16 scales; take precision='bf16'"
+            )
         if not self.cuda_graph:
             return
         mode = self.compile.get("mode") if isinstance(self.compile, Mapping) else self.compile
