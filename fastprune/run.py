@@ -657,23 +657,34 @@ class PhaseLog(MetricsLog):
         self.histograms = MetricsLog(out / "importances.jsonl")
         self.phase, self.method, self.epochs = phase, method, epochs
         self.every = every or max(1, (epochs or 100) // 20)
-        self.first = True
+        self.unsure = True  # a resumed phase does some epochs again, and a full disk may have left half of them
+        self.made: dict[int, list[dict[str, Any]]] = {}  # epoch to histograms that are not on the disk yet
 
     def write(self, row: dict[str, Any]) -> None:
-        """At the end of an epoch; what ``fit`` calls."""
-        super().write({"phase": self.phase, **row})
+        """At the end of an epoch; what ``fit`` calls, again with the same row if the disk was full."""
         last = self.method.finished if self.method and self.epochs is None else row["epoch"] + 1 == self.epochs
-        if last or (row["epoch"] + 1) % self.every == 0:
+        if row["epoch"] in self.made or last or (row["epoch"] + 1) % self.every == 0:
             self.importances(row["epoch"], row["step"])
+        try:
+            super().write({"phase": self.phase, **row})
+        except OSError:
+            self.unsure = True
+            raise
+        self.made.clear()
 
     def importances(self, epoch: int, step: int) -> None:
-        if self.first:  # a resumed phase does some epochs again; metrics.jsonl fit sees to
+        if epoch not in self.made:
+            self.made[epoch] = []
+            for group, scores in (self.scored() if self.method is not None else {}).items():
+                counts, edges = torch.histogram(scores.detach().double().cpu(), BINS)
+                row = {"phase": self.phase, "epoch": epoch, "step": step, "group": group}
+                self.made[epoch].append(row | {"edges": edges.tolist(), "counts": counts.long().tolist()})
+        if self.unsure:
             _drop(self.histograms.path, lambda old: old["phase"] == self.phase and old["epoch"] >= epoch)
-            self.first = False
-        for group, scores in (self.scored() if self.method is not None else {}).items():
-            counts, edges = torch.histogram(scores.detach().double().cpu(), BINS)
-            row = {"phase": self.phase, "epoch": epoch, "step": step, "group": group}
-            self.histograms.write(row | {"edges": edges.tolist(), "counts": counts.long().tolist()})
+        self.unsure = True
+        for row in self.made[epoch]:
+            self.histograms.write(row)
+        self.unsure = False
 
     def scored(self) -> dict[str, Tensor]:
         if isinstance(self.method, IterativeMethod):

@@ -345,6 +345,39 @@ def test_bad_input_is_one_line(capsys, tmp_path, monkeypatch, argv, says):
     assert out == "" and err.count("\n") == 1 and says in err and not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("fails", [1, 2, 3])
+def test_a_row_that_found_no_room_is_written_once_and_with_its_own_histograms(fails, tmp_path, monkeypatch):
+    method = types.SimpleNamespace(finished=False, scores=lambda: {"a": scores, "b": scores})
+    log, write, calls = run.PhaseLog(tmp_path, "prune", method, 1, 9), os.write, 0
+
+    def full(fd, line):
+        nonlocal calls
+        calls += 1
+        return write(fd, line[: len(line) // 2] if calls == fails else line)
+
+    monkeypatch.setattr(os, "write", full)
+    scores, row = torch.arange(4.0), {"epoch": 0, "step": 4}
+    with pytest.raises(OSError, match="No space left"):
+        log.write(row)
+    scores = scores + 10  # of the next epoch, at the end of which fit tries again
+    for late in (row, {"epoch": 1, "step": 8}):
+        log.write(late)
+    assert [r["epoch"] for r in MetricsLog.read(log.path)] == [0, 1]
+    seen = [(r["epoch"], r["group"], r["edges"][0]) for r in MetricsLog.read(log.histograms.path)]
+    assert seen == [(0, "a", 0.0), (0, "b", 0.0), (1, "a", 10.0), (1, "b", 10.0)]
+
+
+def test_three_processes_have_the_same_example(monkeypatch):
+    """Of two images, which they cannot share."""
+    images = fp.data.load("synthetic", size=8, n_test=7)
+    alone = run.example_of(images)
+    assert alone.shape == (2, 3, 8, 8)
+    monkeypatch.setattr(parallel, "processes", lambda: 3)
+    for rank in range(3):
+        monkeypatch.setattr(parallel, "rank", lambda rank=rank: rank)
+        assert torch.equal(run.example_of(images), alone)
+
+
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 def test_killed_at_random_moments(tmp_path):
     """SIGKILL, wherever it hits; then the same run again, until one comes to its end: as if nothing had been."""
