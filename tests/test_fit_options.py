@@ -12,7 +12,7 @@ from step_recorder import Recorder
 from torch import nn
 
 import fastprune as fp
-from fastprune import data
+from fastprune import data, parallel
 from fastprune.capture import CapturedStep
 from fastprune.errors import TrainingError
 from fastprune.train import History, MetricsLog, evaluate, fit, resume, step
@@ -121,6 +121,18 @@ def test_what_a_graph_cannot_hold_is_refused_before_anything_happens(options, sa
     with pytest.raises(ValueError, match=said):
         run(checkpoint=tmp_path / "last.pt", cuda_graph=True, **options)
     assert not (tmp_path / "last.pt").exists()
+
+
+def test_what_would_hang_or_leave_a_folder_behind_is_refused_at_once(monkeypatch, tmp_path):
+    images = data.load("digits", limit=32)
+    with pytest.raises(ValueError, match="cuda_graph=True expects a model on a CUDA device"):
+        fp.train(images, "vgg-small", epochs=1, device="cpu", cuda_graph=True, out_dir=tmp_path / "run")
+    with pytest.raises(ValueError, match="clip_norm must be above 0, got -1"):
+        fp.train(images, "vgg-small", epochs=1, device="cpu", clip_norm=-1, out_dir=tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+    monkeypatch.setattr(parallel, "gathered", lambda mine: [mine, 3])  # another process has fewer batches
+    with pytest.raises(ValueError, match=r"as many training batches in each process, got \[4, 3\]"):
+        run()
 
 
 def test_fp16_scales_the_loss_and_keeps_the_scale_over_a_resumption(tmp_path):

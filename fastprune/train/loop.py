@@ -105,8 +105,8 @@ def fit(
         schedule: Of the learning rate.
         schedule_every: When it is stepped: after each ``"epoch"`` or ``"step"``.
         method: Its penalty is added to the loss and its ``step`` stands for the optimizer's.
-        until: Asked after each step; True ends the training there, after the test of a last, shorter epoch.  Such as
-            ``lambda: method.finished``.
+        until: Asked after each step, the same in all processes; True ends the training there, after the test of a last,
+            shorter epoch.  Such as ``lambda: method.finished``.
         log: Gets a row per epoch.  A resumed run first removes what was written behind the checkpoint.
         checkpoint: File with all that a resumed run needs, replaced before the first epoch, after the last one, and
             after those between unless writing would take more than a twentieth of the time.  A whole one is always
@@ -201,6 +201,9 @@ class _Run:
 
     def begin(self, resume: bool, over: Callable[[], bool]) -> None:
         """Go back to where the file stands, or write the first one."""
+        lengths = parallel.gathered(len(self.train) if hasattr(self.train, "__len__") else None)
+        if len(set(lengths)) > 1:  # those with more would wait for the others for ever
+            raise ValueError(f"fit: expected as many training batches in each process, got {lengths}")
         parallel.copy_from_first([*self.model.parameters(), *self.model.buffers()])
         saved = self.checkpoints.load() if resume else None
         ema = None

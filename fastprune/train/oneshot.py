@@ -22,9 +22,10 @@ from fastprune.flops import flops
 from fastprune.train.loop import History, evaluate, fit
 from fastprune.train.metrics import MetricsLog
 from fastprune.train.optim import multistep, sgd
+from fastprune.train.step import Settings
 from fastprune.version import __version__
 
-RECORDED = ("channels_last", "clip_norm", "accumulate", "ema", "deterministic")  # in the log's first row
+RECORDED = ("channels_last", "clip_norm", "accumulate", "ema", "cuda_graph", "deterministic")  # in the log's first row
 METHODS = {"rni": "rni", "ucs": "ucs", "l1": "slimming"}  # the authors' names to ours
 ARCHS = {"vgg16": "vgg16-rni", "resnet56": "resnet56-rni"}
 
@@ -52,6 +53,8 @@ def train(
     clip_norm: float | None = None,
     accumulate: int = 1,
     ema: float | None = None,
+    cuda_graph: bool = False,
+    keep_going: bool = False,
     sync_batchnorm: bool = False,
     deterministic: bool = False,
     tensorboard: bool = False,
@@ -77,8 +80,8 @@ def train(
         resume: Continue from ``out_dir/last.pt``, if it exists.
         sync_batchnorm: Under ``torchrun``: norms look at the batches of all processes.
         tensorboard: Write the log for TensorBoard, too, to ``out_dir``; needs its package.
-        checkpoint_minutes, precision, channels_last, compile, clip_norm, accumulate, deterministic, progress: As in
-            :func:`fit`.
+        checkpoint_minutes, precision, channels_last, compile, clip_norm, accumulate, cuda_graph, keep_going: As in
+            :func:`fit`; also ``deterministic`` and ``progress``.
         ema: As in :func:`fit`; the averaged weights are those that are returned.
         fuse: Run each norm and the ReLU behind it as one kernel; the results differ in rounding only.
         limit: At most so many training and test images, for trials.
@@ -94,7 +97,8 @@ def train(
     name = _method(method)
     fitting = {"resume": resume, "checkpoint_minutes": checkpoint_minutes, "progress": progress}
     fitting |= {"precision": precision, "channels_last": channels_last, "compile": compile, "clip_norm": clip_norm}
-    fitting |= {"accumulate": accumulate, "ema": ema, "deterministic": deterministic}
+    fitting |= {"accumulate": accumulate, "ema": ema, "deterministic": deterministic, "cuda_graph": cuda_graph}
+    fitting |= {"keep_going": keep_going}
     device = parallel.start(device)
     data = _load(dataset, root, device, limit)
     torch.manual_seed(seed)  # before the model is made; the authors seed after, so theirs fixes only the order
@@ -104,7 +108,7 @@ def train(
     if sync_batchnorm:
         model = fpnn.convert_sync_batchnorm(model)
     options = {"rni": {"reg_weight": reg_weight, "b": b}, "slimming": {"reg_weight": reg_weight}, "ucs": {}}[name]
-    pruner = methods.create(name, model, _example(data), **options)
+    pruner = methods.create(name, model, datasets.example_of(data), **options)
     what = {"call": "train", "dataset": data.name, "arch": arch, "method": method, **options}
     what |= {"arch_options": dict(arch_options or {})}
     what |= {"epochs": epochs, "lr": lr, "batch_size": batch_size, "seed": seed, "precision": precision}
@@ -136,6 +140,8 @@ def prune_finetune(
     clip_norm: float | None = None,
     accumulate: int = 1,
     ema: float | None = None,
+    cuda_graph: bool = False,
+    keep_going: bool = False,
     sync_batchnorm: bool = False,
     deterministic: bool = False,
     tensorboard: bool = False,
@@ -163,7 +169,8 @@ def prune_finetune(
     name = _method(method)
     fitting = {"resume": resume, "checkpoint_minutes": checkpoint_minutes, "progress": progress}
     fitting |= {"precision": precision, "channels_last": channels_last, "compile": compile, "clip_norm": clip_norm}
-    fitting |= {"accumulate": accumulate, "ema": ema, "deterministic": deterministic}
+    fitting |= {"accumulate": accumulate, "ema": ema, "deterministic": deterministic, "cuda_graph": cuda_graph}
+    fitting |= {"keep_going": keep_going}
     device = parallel.start(device)
     data = _load(dataset, root, device, limit)
     targets = {"target_macs": target_macs, "target_params": target_params}
@@ -172,7 +179,7 @@ def prune_finetune(
         raise ValueError(f"prune_finetune: expected prune_pc or a target, got {prune_pc:g} and {next(iter(targets))}")
     ratio = None if targets else prune_pc
     model = copy.deepcopy(model).to(device)
-    test, example = data.loaders(batch_size).test, _example(data)
+    test, example = data.loaders(batch_size).test, datasets.example_of(data)
     before = {"acc": evaluate(model, test, precision)["acc"], **_cost(model, example, batch_size)}
     keep = methods.create(name, model, example, ratio, coupled=coupled, **targets).keep_masks()
     if not parallel.same_masks(keep.values(), device):
@@ -204,9 +211,10 @@ def _fit(
     epochs, lr = what["epochs"], what["lr"]
     if epochs < 1 or lr <= 0:
         raise ValueError(f"{what['call']}: expected epochs >= 1 and lr > 0, got {epochs} and {lr}")
+    device = next(model.parameters()).device
+    Settings.of(fitting).check(device, method)  # before there is a folder
     what |= {key: value for key, value in fitting.items() if key in RECORDED and value}
-    device = str(next(model.parameters()).device)
-    what |= {"fastprune": __version__, "torch": str(torch.__version__), "device": device}
+    what |= {"fastprune": __version__, "torch": str(torch.__version__), "device": str(device)}
     log = MetricsLog(out / "metrics.jsonl", out if tensorboard and parallel.rank() == 0 else None)
     if parallel.rank() == 0 and not (fitting["resume"] and (out / "last.pt").exists()):
         log.start(what)
@@ -255,13 +263,6 @@ def _build(
         return models.create(name, len(data.classes), **(ours | dict(options)))
     model = models.create(name, len(data.classes), **options)
     return fpnn.convert_batchnorm(model, bound=bound, fuse=False) if bound else model
-
-
-def _example(data: datasets.ImageSet | datasets.StreamSet) -> Tensor:
-    """Two test images, normalised, the same in all processes."""
-    count = 2 * parallel.processes()
-    x, _ = next(iter(data.limit(count).loaders(count).test))
-    return parallel.as_first_says(x.cpu()).to(x.device)
 
 
 def _cost(model: nn.Module, example: Tensor, batch_size: int) -> dict[str, float]:
