@@ -129,7 +129,7 @@ def test_the_first_row_of_a_run_killed_at_once_is_not_doubled(tmp_path):
     assert len(MetricsLog.read(log.path)) == 2
 
 
-@pytest.mark.parametrize("damage", ["flip", "cut", "empty", "other", "folder"])
+@pytest.mark.parametrize("damage", ["flip", "cut", "empty", "other", "folder", "version"])
 def test_a_damaged_or_foreign_file_is_one_line(damage, tmp_path):
     run(tmp_path, epochs=1)
     path = tmp_path / "last.pt"
@@ -139,10 +139,19 @@ def test_a_damaged_or_foreign_file_is_one_line(damage, tmp_path):
         path.mkdir()
     else:
         flipped = blob[:-100] + bytes([blob[-100] ^ 1]) + blob[-99:]
-        path.write_bytes({"flip": flipped, "cut": blob[:-10], "empty": b"", "other": b"PK\3\4" + blob}[damage])
+        path.write_bytes(
+            {
+                "flip": flipped,
+                "cut": blob[:-10],
+                "empty": b"",
+                "other": b"PK\3\4" + blob,
+                "version": blob.replace(b"1", b"0", 1),
+            }[damage]
+        )
     model = net()
     before = {key: t.clone() for key, t in model.state_dict().items()}
-    said = {"folder": "cannot read", "flip": "is damaged", "cut": "is damaged"}.get(damage, "another kind of file")
+    said = {"folder": "cannot read", "flip": "is damaged", "cut": "is damaged", "version": "of another version"}
+    said = said.get(damage, "another kind of file")
     with pytest.raises(CheckpointError, match=said) as caught:
         run(tmp_path, model=model, resume=True)
     assert "\n" not in str(caught.value) and same(before, model.state_dict())

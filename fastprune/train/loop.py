@@ -24,7 +24,7 @@ from fastprune.checkpoint import about_method
 from fastprune.errors import DataError, TrainingError
 from fastprune.methods import Method
 from fastprune.train.metrics import MetricsLog
-from fastprune.train.resume import Checkpoints, own_random_numbers
+from fastprune.train.resume import Checkpoints, own_random_numbers, remedy
 from fastprune.train.step import Settings, Step
 
 Batches = Iterable[tuple[Tensor, Tensor]]  # (images, labels)
@@ -298,7 +298,7 @@ class _Run:
         except OSError as error:
             text = f"fit: cannot write {self.log.path} ({error.strerror}){self.checkpoints.kept()}"
             if not self.checkpoints.keep_going:
-                raise TrainingError(f"{text}; make room and resume") from error
+                raise TrainingError(f"{text}; {remedy(error)} and resume") from error
             warnings.warn(f"{text}; going on", stacklevel=4)
 
     def end(self) -> History:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import io
 import os
@@ -22,7 +23,8 @@ from fastprune import parallel
 from fastprune.errors import CheckpointError, TrainingError
 from fastprune.train.metrics import MetricsLog
 
-MAGIC = b"fastprune training state 1\n"  # then the SHA-256 of what follows, in hex, and a newline
+KIND = b"fastprune training state "
+MAGIC = KIND + b"1\n"  # the layout's number; then the SHA-256 of what follows, in hex, and a newline
 
 
 def replace_file(path: Path, *parts: bytes | memoryview) -> None:
@@ -50,6 +52,11 @@ def replace_file(path: Path, *parts: bytes | memoryview) -> None:
         os.close(folder)
 
 
+def remedy(error: OSError) -> str:
+    """What to do about a file that cannot be written."""
+    return "make room" if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) else "make it writable"
+
+
 def write_state(path: Path, state: dict[str, Any]) -> None:
     """Raises: OSError, as :func:`replace_file`."""
     buffer = io.BytesIO()  # so that the disk meets one write, and the file has a hash: torch.load sees no flipped bit
@@ -68,6 +75,8 @@ def read_state(path: Path) -> dict[str, Any]:
     except OSError as error:
         raise CheckpointError(f"fit: cannot read {path} ({error.strerror})") from error
     head = len(MAGIC) + 65
+    if data.startswith(KIND) and not data.startswith(MAGIC):
+        raise CheckpointError(f"fit: {path} is of another version of fastprune; end the run with that, or start anew")
     if data[: len(MAGIC)] != MAGIC:
         raise CheckpointError(f"fit: expected a checkpoint of fit in {path}, found another kind of file; name another")
     body = memoryview(data)[head:]
@@ -154,7 +163,7 @@ class Checkpoints:
     def _failed(self, error: OSError, where: str) -> None:
         text = f"fit: cannot write {self.path} ({error.strerror}), {where}{self.kept()}"
         if not self.keep_going:
-            raise TrainingError(f"{text}; make room and resume, or train on without: keep_going=True") from error
+            raise TrainingError(f"{text}; {remedy(error)} and resume, or go on without: keep_going=True") from error
         warnings.warn(f"{text}; going on without", stacklevel=4)
 
     def kept(self) -> str:
