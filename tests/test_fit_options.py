@@ -57,6 +57,24 @@ def test_compiling_changes_nothing_through_cuts(method):
         assert sum(p.numel() for p in model.parameters()) < sum(p.numel() for p in net().parameters())
 
 
+def test_a_last_batch_of_another_size_does_not_change_what_whole_batches_run():
+    """Else a resumed run, whose compiler has not seen it yet, would end with other bits."""
+    of_any_size = []
+
+    def backend(graph, inputs):
+        values = [node.meta["example_value"] for node in graph.graph.nodes if node.op == "placeholder"]
+        sizes = [n for v in values for n in (v.shape if isinstance(v, torch.Tensor) else [v])]
+        of_any_size.append(any(isinstance(n, torch.SymInt) for n in sizes))
+        return graph.forward
+
+    loaders = data.load("digits", limit=72).loaders(32)  # the last batch has 8
+    run(loaders=loaders, compile={"backend": backend})
+    assert of_any_size == [False, False]
+    torch.compiler.reset()  # it would remember that the size changed
+    run(loaders=loaders, compile={"backend": backend, "dynamic": None})  # PyTorch's own way
+    assert of_any_size[2:] == [False, True]
+
+
 GROWING = {"update_interval": 1, "stabilize": 3, "reg_step": 0.25}
 
 
@@ -79,7 +97,7 @@ def test_steps_replayed_from_a_graph_are_those_without(method, options, monkeypa
         return made[-1]
 
     monkeypatch.setitem(step.CAPTURE, "cpu", recorded)
-    monkeypatch.setattr(torch, "compile", lambda model: nn.Sequential(model))  # another module after each shrink
+    monkeypatch.setattr(torch, "compile", lambda model, dynamic: nn.Sequential(model))  # new after each shrink
 
     def go(graph, epochs=3, **more):
         model = net()

@@ -6,11 +6,13 @@ import errno
 import json
 import math
 import os
+import random
 import resource
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -32,13 +34,15 @@ def net(width=8):
     )  # fmt: skip
 
 
-def run(folder, model=None, epochs=3, batch_size=32, method=None, momentum=0.9, spoil=None, **options):
+def run(folder, model=None, epochs=3, batch_size=32, method=None, momentum=0.9, spoil=None, stop=None, **options):
     model = model or net()
     if method is not None:
         method = fp.create(method, model, torch.zeros(2, 1, 8, 8))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=momentum)
     if spoil is not None:
         model.register_forward_hook(spoil)
+    if stop is not None:
+        optimizer.register_step_post_hook(stop)
     history = fit(
         model, DIGITS.loaders(batch_size), epochs=epochs, optimizer=optimizer, schedule=multistep(optimizer, 4),
         method=method, checkpoint=folder / "last.pt", progress=False, **options,
@@ -55,10 +59,10 @@ class Stopped(Exception):
 
 
 def stop_after(calls):
-    """A forward hook that raises in its n-th call."""
+    """A hook that raises in the call after so many."""
     count = 0
 
-    def hook(module, args, out):
+    def hook(*_):
         nonlocal count
         count += 1
         if count > calls:
@@ -94,6 +98,29 @@ def test_it_goes_on_at_the_batch_where_it_stopped(calls, options, tmp_path):
     assert rows == wanted
     evaluations = 0 if calls < 4 else 1 if calls < 9 else 2
     assert len(seen) <= 12 + 3 * (1 + ("ema" in options)) - calls + evaluations + options.get("accumulate", 1)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"compile": {"backend": "aot_eager"}, "method": "slimming"}, {"precision": "bf16", "accumulate": 3}],
+    ids=["compiled", "bf16"],
+)
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # torch.compile looks at it
+def test_compiled_and_bf16_runs_go_on_with_the_same_bits(options, tmp_path):
+    """With a last batch of 20 images; dropout, and whatever else is drawn, goes on too."""
+    options |= {"batch_size": 36, "checkpoint_minutes": 0.0}
+
+    def go(folder, **more):
+        torch.manual_seed(0), random.seed(0), np.random.seed(0)
+        model, history = run(tmp_path / folder, **options, **more)
+        rows = [{k: v for k, v in row.items() if k not in ("seconds", "images_per_s")} for row in history]
+        return model.state_dict(), rows, torch.get_rng_state().tolist(), random.getstate(), repr(np.random.get_state())
+
+    whole = go("whole")
+    with pytest.raises(Stopped):
+        go("part", stop=stop_after(3))
+    resumed = go("part", resume=True)
+    assert same(resumed[0], whole[0]) and resumed[1:] == whole[1:]
 
 
 def test_rows_behind_the_checkpoint_are_written_once(tmp_path):

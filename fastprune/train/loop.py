@@ -117,8 +117,8 @@ def fit(
         precision: ``"fp32"``, or for autocast ``"bf16"`` or ``"fp16"``.  The latter scales the loss, which methods that
             score by gradients refuse.
         channels_last: Bring model and images to this memory format.
-        compile: Compile the forward: True, a mode such as ``"max-autotune"``, or keyword arguments of
-            ``torch.compile``.  Evaluation runs eagerly.
+        compile: Compile the forward, for each size of batch on its own: True, a mode such as ``"max-autotune"``, or
+            keyword arguments of ``torch.compile``.  Evaluation runs eagerly.
         clip_norm: Scale the gradients of all parameters down to this norm, before the method reads them.
         accumulate: Batches whose gradients make one step together, as one large batch would but for the norms.
         ema: Decay per step of an exponential average of the weights, such as 0.999, which is evaluated as well and

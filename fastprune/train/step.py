@@ -123,8 +123,10 @@ class Step:
             ids = [self.device] if self.device.type == "cuda" else None
             self._forward = self._distributed = DistributedDataParallel(self.model, device_ids=ids)
         if how := self.settings.compile:
-            options = {"mode": how} if isinstance(how, str) else {} if how is True else dict(how)
-            self._forward = torch.compile(self._forward, **options)
+            options = {"mode": how} if isinstance(how, str) else {} if how is True else how
+            # Static shapes: a last batch of another size would bring a graph of any size, which the whole batches of
+            # the next epoch then take, too, but not those of a resumed run, which has yet to meet it.
+            self._forward = torch.compile(self._forward, **{"dynamic": False} | dict(options))
         if self.settings.cuda_graph and (self._captured is None or how):  # it follows a model that gets smaller
             s = self.settings
             self._captured = CAPTURE[self.device.type](
