@@ -436,6 +436,7 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
         about = {"help": command.help, "description": command.help, "epilog": f"example: {command.example}"}
         sub = subparsers.add_parser(name, **about, allow_abbrev=False)
         sub.set_defaults(run=command.run)
+        sub.add_argument("--traceback", action="store_true", default=argparse.SUPPRESS, help=argparse.SUPPRESS)
         for option, keywords in command.options.items():
             sub.add_argument(option, **keywords)
 
@@ -467,5 +468,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (FastpruneError, ValueError, OSError) as error:
         if "--traceback" in argv:
             raise
-        print(f"fastprune: error: {' '.join(str(error).split())}", file=sys.stderr)
+        text = str(error)
+        if isinstance(error, OSError) and error.filename is not None and error.strerror:
+            text = f"{error.filename}: {error.strerror}"
+        print(f"fastprune: error: {' '.join(text.split())}", file=sys.stderr)
         return 2 if isinstance(error, UsageError) else 1

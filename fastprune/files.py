@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torchvision
 import yaml
 from torch import Tensor, nn
 
@@ -28,7 +29,7 @@ from fastprune.methods.iterative import IterativeMethod
 from fastprune.nn import convert_batchnorm
 from fastprune.plain import fold, to_plain
 from fastprune.report import find, read
-from fastprune.report.runs import Run
+from fastprune.report.runs import Run, object_of
 from fastprune.report.svg import number
 from fastprune.train import evaluate
 
@@ -45,7 +46,7 @@ def show(path: Path, *, shape: Shape | None = None, lists: bool = False, as_json
         path: A file of :func:`fastprune.save`, or a run folder.
         shape: (C, H, W) of an input, to count MACs; None: as noted in the file, if it is.
         lists: Also the indices that are left.
-        as_json: The checkpoint's whole document instead, as JSON.
+        as_json: The checkpoint's whole document instead, or a list with run.json and result.json of each run, as JSON.
 
     Returns: 0, the exit code.
 
@@ -56,6 +57,9 @@ def show(path: Path, *, shape: Shape | None = None, lists: bool = False, as_json
     if path.is_dir():
         if not (runs := find(path)):
             raise ValueError(f"show: expected a checkpoint or a run folder, got {path}, which holds no run")
+        if as_json:
+            print(json.dumps([_about_run(read(each)) for each in runs], indent=1))
+            return 0
         for each in runs:
             _show_run(read(each))
         return 0
@@ -110,6 +114,15 @@ def _show_run(run: Run) -> None:
         print("  widths " + " ".join(f"{now}/{before}" for now, before in kept.values()))
     if files := sorted(p.name for p in run.path.glob("*.safetensors")):
         print(f"  networks {', '.join(files)}: fastprune show {os.path.join(place, files[0])}")
+
+
+def _about_run(run: Run) -> dict[str, Any]:
+    known = {"path": os.path.relpath(run.path), "state": run.state}
+    return (
+        known
+        | {name: object_of(run, f"{name}.json") or None for name in ("run", "result")}
+        | {"problems": list(dict.fromkeys(run.problems))}
+    )
 
 
 def _print(facts: Mapping[str, str]) -> None:
@@ -220,11 +233,26 @@ def network(
     if path.is_file() or os.sep in name or path.suffix in (".safetensors", ".pt", ".pth", ".onnx"):
         if classes is not None or weights is not None:
             raise ValueError(f"--classes and --weights are for networks by name; {path} is a file")
-        return checkpoint.load(path, maker(model) if model else None), checkpoint.read(path)
+        return saved(path, model)
+    if weights is not None:
+        if name in models.MODELS or name not in models.list_models():
+            raise ValueError(f"--weights: they are torchvision's, and {name} is no network of it")
+        names = [*(w.name for w in torchvision.models.get_model_weights(name)), "DEFAULT"]
+        if weights not in names:
+            raise ValueError(f"--weights: {name} has no {weights!r}{did_you_mean(weights, names)}")
     made_of = {} if weights is None else {"weights": weights}
-    with running(f"weights {weights}", "; fp.models' own have none"), warnings.catch_warnings():
+    with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # of torchvision, about how it will initialise
-        return models.create(name, 1000 if classes is None else classes, **made_of), None
+        try:
+            return models.create(name, 1000 if classes is None else classes, **made_of), None
+        except OSError as error:
+            raise ValueError(f"--weights: cannot get {weights} of {name}: {error}") from error
+
+
+def saved(path: Path, model: str | None) -> tuple[nn.Module, dict[str, Any]]:
+    """A checkpoint's network and document; ``model``: see :func:`maker`."""
+    document = checkpoint.read(path)
+    return checkpoint.load(path, maker(model) if model else None), document
 
 
 def _shape(shape: Shape | None, document: dict[str, Any] | None, path: Path) -> Shape:
@@ -261,7 +289,7 @@ def test(
         ValueError: The network does not fit the data.
     """
     device = device or ("cuda:0" if torch.cuda.is_available() else "cpu")
-    small, document = network(str(path), model)
+    small, document = saved(path, model)
     options, noted = dict(options or {}), _noted_shape(document, path)
     if dataset == "imagefolder" and noted:
         options = {"image_size": noted[1]} | options
@@ -271,7 +299,9 @@ def test(
         images = data.load(dataset, root, device=device, limit=limit, **known, **options)
     loader = images.loaders(batch_size).test
     small = small.to(device)
-    with running(f"images of {dataset}, {text_of(images.image_shape)}"):
+    with running(
+        f"images of {dataset}, {text_of(images.image_shape)}", "; it was made for others, see --dataset and --set"
+    ):
         outputs = small.eval()(next(iter(loader))[0][:1])
         if not isinstance(outputs, Tensor) or outputs.shape[1:] != (len(images.classes),):
             got = tuple(outputs.shape[1:]) if isinstance(outputs, Tensor) else type(outputs).__name__
@@ -439,7 +469,9 @@ def write(
         raise ValueError(f"--format {format} does not fit {out}; leave one out")
     if out.suffix not in FORMATS.values():
         raise ValueError(f"--out: expected a name that ends in {' or '.join(FORMATS.values())}, got {out}")
-    net, document = network(str(path), model)
+    if not out.parent.is_dir():
+        raise ValueError(f"--out: expected a file to write, but there is no folder {out.parent}")
+    net, document = saved(path, model)
     shape = _shape(shape, document, path)
     with running(f"an input of {text_of(shape)}"):
         x = torch.randn(batch or 2, *shape, generator=torch.Generator().manual_seed(0))

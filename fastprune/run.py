@@ -14,7 +14,7 @@ import os
 import platform
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -150,7 +150,12 @@ def load_data(recipe: Recipe, root: str | Path | None, device: torch.device | st
         )
     options = {key: value for key, value in asdict(recipe.data).items() if key not in ("name", "options")}
     with in_a_line("data.options"):
-        return data.load(recipe.data.name, root, device=device, **options, **recipe.data.options)
+        try:
+            return data.load(recipe.data.name, root, device=device, **options, **recipe.data.options)
+        except DataError as error:
+            if root is not None:
+                raise
+            raise DataError(f"{error} (on the command line: --data DIR)") from error
 
 
 def _base(
@@ -257,7 +262,7 @@ def dry_run(
     changes = dict(changes or {}) | ({} if seed is None else {"seed": seed})
     recipe = recipes.load(name, tiny=tiny, changes=changes)
     device = torch.device(device or ("cuda:0" if torch.cuda.is_available() else "cpu"))
-    say(recipes.dump(recipe))
+    say(recipes.dump(replace(recipe, tiny={})))  # that part is applied already, or not wanted
     try:
         images, missing = load_data(recipe, root, device), ""
         classes, shape = len(images.classes), images.image_shape
@@ -284,11 +289,22 @@ def dry_run(
         if training.epochs == 0:
             continue
         if images is None:
-            say(f"{phase}: time not measured: {missing}")
+            say(f"{phase}: {_length(recipe, phase, classes, shape)}")
             continue
         per_epoch, epochs = time_per_epoch(recipe, phase, images, device)
         say(f"{phase}: {per_epoch:.3g} s per epoch, {epochs} epochs, {per_epoch * epochs / 3600:.3g} h on {device}")
+    if images is None:
+        say(f"time per epoch: not measured: {missing}")
     return found
+
+
+def _length(recipe: Recipe, name: str, classes: int, shape: Sequence[int]) -> str:
+    phase = recipe.phases[name]
+    if phase.epochs is not None:
+        return f"{phase.epochs} epochs"
+    model = make_model(recipe, classes, shape[0], weights=False)
+    method = make_method(phase, model, torch.zeros(2, *shape)[:, :, :64, :64])
+    return f"at most {steps_needed(method):,} steps of {phase.batch_size} images"
 
 
 def time_per_epoch(recipe: Recipe, name: str, images: ImageSet, device: torch.device) -> tuple[float, int]:

@@ -60,6 +60,7 @@ def test_examples_parse():
         (["quickstart", "--epochs"], "--epochs: expected one argument"),
         (["list", "modles"], "invalid choice: 'modles'"),
         (["--verison"], "unknown argument '--verison'"),
+        (["doctor", "--tracebak"], "unknown argument '--tracebak'"),
     ],
 )
 def test_bad_usage_is_one_line_and_code_2(capsys, argv, says):
@@ -80,8 +81,18 @@ def test_errors_of_commands_are_one_line_and_code_1(capsys, monkeypatch, error):
     code, out, err = call(capsys, "doctor")
     assert (code, out) == (1, "")
     assert err == f"fastprune: error: {' '.join(str(error).split())}\n"
-    with pytest.raises(type(error)):
-        cli.main(["--traceback", "doctor"])
+    for argv in (["--traceback", "doctor"], ["doctor", "--traceback"]):
+        with pytest.raises(type(error)):
+            cli.main(argv)
+
+
+def test_errors_of_the_system_name_their_file(capsys, monkeypatch, tmp_path):
+    def fail(args):
+        (tmp_path / "none" / "x").write_text("")
+
+    monkeypatch.setitem(cli.COMMANDS, "doctor", cli.COMMANDS["doctor"]._replace(run=fail))
+    _, _, err = call(capsys, "doctor")
+    assert err == f"fastprune: error: {tmp_path / 'none' / 'x'}: No such file or directory\n"
 
 
 def test_interrupt(capsys, monkeypatch):

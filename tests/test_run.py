@@ -277,7 +277,10 @@ def test_dry_run_without_the_data(capsys):
     assert cli.main(["run", "taylor/resnet50-imagenet-56", "--dry-run"]) == 0
     out = capsys.readouterr().out
     assert "5892 of 11392 channels stay (51.7%)" in out and "MACs: 4,089,184,256 before\n" in out
-    assert "prune: time not measured: imagenet: " in out
+    assert "prune: 25 epochs\ntime per epoch: not measured: imagenet: " in out and "--data DIR" in out
+    assert "tiny" not in out
+    assert cli.main(["run", "tpp/vgg19-cifar100-tpp-0.5", "--dry-run"]) == 0
+    assert re.search(r"^prune: at most 110,\d\d\d steps of 256 images$", capsys.readouterr().out, re.M)
 
 
 def test_nothing_is_written_when_the_data_is_missing(tmp_path, capsys):
@@ -376,6 +379,30 @@ def test_three_processes_have_the_same_example(monkeypatch):
     for rank in range(3):
         monkeypatch.setattr(parallel, "rank", lambda rank=rank: rank)
         assert torch.equal(run.example_of(images), alone)
+
+
+def test_files_of_your_own_from_any_folder(tmp_path, capsys, monkeypatch):
+    """A base is found beside the file that names it, by a resumed run too."""
+    mine, elsewhere = tmp_path / "mine", tmp_path / "elsewhere"
+    mine.mkdir()
+    elsewhere.mkdir()
+    data = "data: {name: synthetic, options: {size: 8, n_train: 32, n_test: 16}}\n"
+    data += "model: {name: vgg-small}"
+    (mine / "big.yaml").write_text(f"source: {{paper: none}}\n{data}\ntrain: {{epochs: 1, batch_size: 16, lr: 0.1}}\n")
+    (mine / "small.yaml").write_text(
+        "source: {paper: none}\nbase: big.yaml\nprune: {method: l1, ratio: 0.5}\n"
+        "finetune: {epochs: 1, batch_size: 16, lr: 0.01}\n"
+    )
+    monkeypatch.chdir(elsewhere)
+    argv = ["run", "../mine/small.yaml", "--device", "cpu"]
+    assert cli.main(argv) == 0 and "small starts from" in capsys.readouterr().out
+    assert cli.main([*argv, "--resume"]) == 0
+    result = json.loads((elsewhere / "runs/small/seed0/result.json").read_text())
+    assert result["finished"] and result["dense"]["macs"] > result["phases"]["finetune"]["macs"]
+    assert cli.main(["show", "runs/small", "--json"]) == 0
+    out = capsys.readouterr().out
+    (shown,) = json.loads(out[out.index("[\n") :])
+    assert shown["result"] == result and shown["run"]["recipe"] == "small" and shown["problems"] == []
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")

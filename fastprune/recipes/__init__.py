@@ -102,7 +102,7 @@ def raw_recipe(
 
     Data and model are those of the ``base``, where the recipe does not name others.
     """
-    raw, where = _own_file(name) if name.endswith((".yaml", ".yml")) else _shipped(name)
+    raw, where = _own_file(name) if _is_path(name) else _shipped(name)
     if isinstance(raw.get("base"), str):
         raw["base"] = {"recipe": raw["base"]}
     if tiny:
@@ -172,7 +172,15 @@ def _own_file(name: str) -> tuple[dict[str, Any], str]:
         raise ValueError(f"cannot read recipe {path}: {error}") from error
     if not isinstance(raw, dict):
         raise ValueError(f"{path}: expected keys and values, got {type(raw).__name__}")
+    base = raw.get("base")
+    of = base.get("recipe") if isinstance(base, Mapping) else base
+    if isinstance(of, str) and _is_path(of):  # beside this file, and found from the run's folder too
+        raw["base"] = {**(base if isinstance(base, Mapping) else {}), "recipe": str((path.parent / of).resolve())}
     return {"name": path.stem, **raw}, str(path)
+
+
+def _is_path(name: str) -> bool:
+    return name.endswith((".yaml", ".yml"))
 
 
 def merged(low: Any, high: Any) -> Any:

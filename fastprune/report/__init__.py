@@ -30,6 +30,8 @@ def run(folders: Sequence[str | os.PathLike], out: str | os.PathLike, *, title: 
     out, paths, left_out = Path(out), [], []
     if out.is_dir():
         raise ValueError(f"report: expected a file to write, such as report.html, got {out}, which is a folder")
+    if not out.parent.is_dir():
+        raise ValueError(f"report: expected a file to write, but there is no folder {out.parent}")
     for folder in map(Path, folders):
         found = find(folder)
         paths += found

@@ -144,7 +144,7 @@ def read(path: Path) -> Run:
     path = path.resolve()
     seed = re.fullmatch(r"seed(\d{1,9})", path.name)
     run = Run(path, path.parent.name if seed else path.name, int(seed[1]) if seed else None)
-    about, result = _object(run, "run.json"), _object(run, "result.json")
+    about, result = object_of(run, "run.json"), object_of(run, "result.json")
     ended = result.get("finished") is True if about or result else None
     lines = list(_lines(run, "metrics.jsonl"))
     times = [os.path.getmtime(path / f) for f in _FILES if (path / f).is_file()]
@@ -201,7 +201,7 @@ def _parsed(text: str) -> dict[str, Any] | None:
     return value if isinstance(value, dict) else None
 
 
-def _object(run: Run, name: str) -> dict[str, Any]:
+def object_of(run: Run, name: str) -> dict[str, Any]:
     text = _text_of(run, name)
     value = _parsed(text) if text else {}
     if value is None:
