@@ -35,6 +35,7 @@ def test_snippets_run(path, tmp_path, monkeypatch):
     """The snippets of a document run from top to bottom in one namespace, in an empty folder, without a warning."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(fastprune.methods.base, "METHODS", dict(fastprune.methods.METHODS))  # a snippet registers one
+    monkeypatch.setattr(fastprune.backends, "PREFERENCE", dict(fastprune.backends.PREFERENCE))  # and another an op
     module = types.ModuleType("snippet")
     monkeypatch.setitem(sys.modules, "snippet", module)  # dataclasses look their module up
     torch.manual_seed(0)
