@@ -149,7 +149,7 @@ def result(folder: Path, seed: int) -> dict:
     return json.loads((folder / "rni" / "digits" / f"seed{seed}" / "result.json").read_text())["phases"]
 
 
-def test_page_is_whole_and_needs_nothing_else(whole):
+def test_page_is_whole_and_needs_nothing_else(folder, whole):
     text = whole.read_text()
     got = Page(text)
     assert len(text.encode()) < 200_000 and "<script" not in text and "http" not in text.replace("http-equiv", "")
@@ -158,6 +158,12 @@ def test_page_is_whole_and_needs_nothing_else(whole):
     assert {link[1:] for link in got.links} <= set(got.ids)
     assert dict(got.tags)["html"]["lang"] == "en"
     pictures = [values for tag, values in got.tags if tag == "svg" and values.get("role") == "img"]
+    small = [picture for picture in pictures if "aria-label" in picture]  # importances of each layer
+    assert (
+        len(small) == len({name.partition(".weight")[0] for name in result(folder, 0)["train"]["kept"]}) - 1
+    )  # but fc
+    assert all(re.match(r"features\.\d+, epoch 1: .* half below .*; epoch 3: ", p["aria-label"]) for p in small)
+    pictures = [picture for picture in pictures if picture not in small]
     assert len(pictures) == 2 + 2 + 3 + 1  # scatter, curves, widths, importances
     for picture in pictures:
         assert all(ident in got.ids for ident in picture["aria-labelledby"].split())
@@ -197,6 +203,28 @@ def test_a_method_is_compared_with_a_plain_step(folder):
     assert l1["against"] == pytest.approx(float(l1["ms"]) / float(plain["ms"]), rel=0.01)  # as shown, three digits
     assert rows["l1/prune", "finetune"]["against"] is None  # another network
     assert rows["rni/digits", "train"]["against"] is None  # another batch size
+
+
+def test_each_layer_has_its_own_histograms():
+    """Heights are the square roots of the counts, first moment on top, last one marked."""
+    edges = [0.5 + i / page.LAYER_BINS for i in range(page.LAYER_BINS + 1)]
+    first, last = [0.0] * page.LAYER_BINS, [0.0] * page.LAYER_BINS
+    first[2], last[2], last[-1] = 9, 25, 100
+    shown = page.layer("a<b", [runs.Histogram("prune", e, "a<b", edges, c) for e, c in ((0, first), (4, last))])
+    paths = re.findall(r'class="ridge( after)?" d="M0 (\d+)([^"]*)"', shown.svg)
+    assert [bool(after) for after, _, _ in paths] == [False, True]
+    assert paths[0][2] == f"h20v-14h10v14h210V{paths[0][1]}z" and int(paths[1][1]) == int(paths[0][1]) + 22
+    assert paths[1][2] == f"h20v-24h10v24h200v-48h10V{paths[1][1]}z"
+    assert (shown.name, shown.about) == (
+        "a<b",
+        "0.5 to 1.5, 125 scores",
+    ) and 'aria-label="a&lt;b, epoch 1: ' in shown.svg
+
+
+def test_twelve_runs_have_twelve_looks():
+    entries = page.group([report.Run(Path(f"/runs/{i}"), f"{i}") for i in range(12)])
+    assert len({(entry.css.split()[0], entry.shape) for entry in entries}) == 12  # marks have no dashes
+    assert len({entry.css for entry in entries}) == 12  # lines have no shape
 
 
 def test_seeds_are_grouped_and_names_told_apart(folder):
@@ -386,7 +414,7 @@ MEASURE = """<script>
 const box = e => { const r = e.getBoundingClientRect(); return [r.left, r.top, r.right, r.bottom].map(Math.round) }
 addEventListener("load", () => { parent.document.getElementById("found").textContent = JSON.stringify({
   width: innerWidth, scroll: document.documentElement.scrollWidth, height: document.documentElement.scrollHeight,
-  figures: [...document.querySelectorAll("figure svg[role=img]")].map(box),
+  figures: [...document.querySelectorAll("figure > svg, figure > .scroll > svg")].map(box),
   clipped: [...document.querySelectorAll("svg[role=img] text")].filter(t => {
     const a = box(t), b = box(t.closest("svg"));
     return a[0] < b[0] - 1 || a[1] < b[1] - 1 || a[2] > b[2] + 1 || a[3] > b[3] + 1 }).map(t => t.textContent),
@@ -413,10 +441,15 @@ def chrome(tmp_path, *argv: str) -> subprocess.CompletedProcess:
 
 
 @pytest.mark.skipif(CHROME is None, reason="no Chromium here; apt-get install chromium")
-@pytest.mark.parametrize("width, dark", [(1280, False), (390, True)], ids=["desktop", "phone-dark"])
+@pytest.mark.parametrize(
+    "width, dark", [(1280, False), (390, True), (694, False)], ids=["desktop", "phone-dark", "paper"]
+)
 def test_in_a_browser(whole, tmp_path, width, dark):
     """Nothing overflows, no text of a figure is cut off, every figure has ink, the console is silent."""
     path, shot, text = tmp_path / "framed.html", tmp_path / "shot.png", whole.read_text()
+    text = text.replace("<details>", "<details open>")
+    if width == 694:  # A4 between its margins
+        text = text.replace("@media print", "@media all")
     mode = ["--force-dark-mode"] if dark else []
     path.write_text(framed(text.replace("</body>", MEASURE), width, 1000))
     dump = chrome(tmp_path, *mode, "--dump-dom", path.as_uri()).stdout

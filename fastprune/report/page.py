@@ -10,6 +10,7 @@ from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from html import escape
 from importlib.resources import files
 from importlib.util import find_spec
 from itertools import pairwise
@@ -23,6 +24,8 @@ from fastprune.report.svg import SERIES, SHAPES, Chart, Scale, number
 
 MOST_RIDGES = 9  # moments of a histogram over time
 BINS = 60
+MOST_MOMENTS = 4  # of a layer's own histogram
+LAYER_BINS = 24
 UNKNOWN = "\N{EN DASH}"
 FACTS = (  # of run.json and of the calls' first row, in the order shown
     "command", "source", "fastprune", "commit", "torch", "python", "device", "device_name", "threads", "dataset",
@@ -45,7 +48,7 @@ class Entry:
 
     @property
     def shape(self) -> str:
-        return SHAPES[self.look % len(SHAPES)]
+        return SHAPES[(self.look + self.look // SERIES) % len(SHAPES)]  # another one when the colours begin anew
 
     @property
     def first(self) -> Run:
@@ -65,11 +68,25 @@ class Entry:
 
 
 @dataclass
+class Layer:
+    """A small picture with a name and a line below it."""
+
+    svg: str
+    name: str
+    about: str
+
+
+@dataclass
 class Figure:
+    """``layers`` are shown on demand, ``summary`` says what they are; ``css`` has their colour."""
+
     svg: str
     caption: str
     legend: list[Entry] = field(default_factory=list)
     wide: bool = False
+    layers: list[Layer] = field(default_factory=list)
+    summary: str = ""
+    css: str = ""
 
 
 def build(runs: Sequence[Run], *, title: str | None = None, left_out: Sequence[str] = ()) -> str:
@@ -208,7 +225,7 @@ def sections(entries: list[Entry]) -> Iterable[dict[str, Any]]:
     yield {
         "id": "importances", "title": "Importances over time",
         "about": "How many channels have which importance, all layers together, from early (top) to late (bottom); "
-        "heights grow with the square root, so that a few channels show.",
+        "heights grow with the square root, so that a few channels show. Below, each layer on a scale of its own.",
         "figures": [f for entry in entries for f in importances(entry, ident)],
         "empty": "No run here has recorded importances (importances.jsonl).",
     }  # fmt: skip
@@ -371,16 +388,12 @@ def importances(entry: Entry, ident: Callable[[], str]) -> Iterable[Figure]:
 
 
 def ridges(entry: Entry, run: Run, histograms: list[Histogram], ident: str) -> Figure:
-    low, high = min(h.edges[0] for h in histograms), _most(histograms)
-    log = low > 0 and all(_geometric(h.edges) for h in histograms)
-    moments = sorted({h.epoch for h in histograms})
-    if len(moments) > MOST_RIDGES:  # first, last and evenly between
-        last = len(moments) - 1
-        moments = [moments[round(i * last / (MOST_RIDGES - 1))] for i in range(MOST_RIDGES)]
+    low, high, log = _range(histograms)
+    moments = _moments(histograms, MOST_RIDGES)
     x = Scale(low, high, "importance" + (" (log scale)" if log else ""), log=log)
     edges = histograms[0].edges
     if len(edges) > 2 * BINS or edges[-1] != high or any(h.edges != edges for h in histograms):
-        edges = [low * (high / low) ** (i / BINS) if log else low + i * (high - low) / BINS for i in range(BINS + 1)]
+        edges = _edges(low, high, log, BINS)
     sums = {m: rebinned([h for h in histograms if h.epoch == m], edges) for m in moments}
     most = max(1.0, *(max(counts) for counts in sums.values()))
     n, overlap = len(moments), 2.4
@@ -403,9 +416,58 @@ def ridges(entry: Entry, run: Run, histograms: list[Histogram], ident: str) -> F
         )
         px, py = chart.at(low, base)
         chart.add("text", "tick", text=f"{moment + 1:g}", x=px - 6, y=py, text_anchor="end")
-    groups = len({h.group for h in histograms})
-    caption = f"{title}: {number(sum(sums[moments[-1]]))} scores in {groups} groups."
-    return Figure(chart.svg(ident), caption)
+    groups = list(dict.fromkeys(h.group for h in histograms))
+    caption = f"{title}: {number(sum(sums[moments[-1]]))} scores in {len(groups)} groups."
+    figure = Figure(chart.svg(ident), caption, css=entry.css)
+    if len(groups) > 1:
+        by_group = {group: [h for h in histograms if h.group == group] for group in groups}
+        figure.layers = [layer(group, of) for group, of in by_group.items()]
+        epochs = [f"{m + 1:g}" for m in _moments(histograms, MOST_MOMENTS)]
+        when = f"epochs {', '.join(epochs)} from top to bottom" if len(epochs) > 1 else f"epoch {epochs[0]}"
+        figure.summary = f"each of the {len(groups)} groups, {when}; range, number of scores"
+    return figure
+
+
+def layer(group: str, histograms: list[Histogram]) -> Layer:
+    """The histograms of one group, one below the other, the last one in full colour."""
+    low, high, log = _range(histograms)
+    moments, edges = _moments(histograms, MOST_MOMENTS), _edges(low, high, log, LAYER_BINS)
+    sums = [rebinned([h for h in histograms if h.epoch == m], edges) for m in moments]
+    most, wide, tall = max(1.0, *map(max, sums)), 10, 48  # of a bin, of the highest one
+    bottom, paths = tall + 22 * (len(sums) - 1) + 2, []
+    for i, counts in enumerate(sums):
+        steps, at, run = [], 0, 0
+        for height in (round(tall * math.sqrt(c / most)) for c in counts):
+            if height != at:
+                steps.append(f"h{run}" * (run > 0) + f"v{at - height}")
+                at, run = height, 0
+            run += wide
+        base = bottom - 22 * (len(sums) - 1 - i) - 1
+        last = " after" if i == len(sums) - 1 else ""
+        paths.append(f'<path class="ridge{last}" d="M0 {base}{"".join(steps)}h{run}V{base}z"/>')
+    said = f"{group}, epoch {moments[0] + 1:g}: {_shape(sums[0], edges)}"
+    if len(moments) > 1:
+        said += f"; epoch {moments[-1] + 1:g}: {_shape(sums[-1], edges)}"
+    box = f'role="img" viewBox="-1 0 {wide * LAYER_BINS + 2} {bottom}" aria-label="{escape(said)}"'
+    about = f"{number(low)} to {number(high)}, {number(sum(sums[-1]))}"
+    return Layer(f"<svg {box}>{''.join(paths)}</svg>", group, about)
+
+
+def _range(histograms: list[Histogram]) -> tuple[float, float, bool]:
+    """Ends of a scale for nearly all scores, and whether it is logarithmic."""
+    low, high = min(h.edges[0] for h in histograms), _most(histograms)
+    return low, high, low > 0 and all(_geometric(h.edges) for h in histograms)
+
+
+def _edges(low: float, high: float, log: bool, bins: int) -> list[float]:
+    return [low * (high / low) ** (i / bins) if log else low + i * (high - low) / bins for i in range(bins + 1)]
+
+
+def _moments(histograms: list[Histogram], most: int) -> list[float]:
+    """Epochs that have some: first, last and evenly between."""
+    moments = sorted({h.epoch for h in histograms})
+    last = len(moments) - 1
+    return moments if last < most else [moments[round(i * last / (most - 1))] for i in range(most)]
 
 
 def _most(histograms: list[Histogram], share: float = 0.998) -> float:
@@ -519,7 +581,7 @@ def _facts(run: Run) -> dict[str, str]:
         for inner, v in value.items() if isinstance(value, dict) else ((None, value),):
             if isinstance(v, str | int | float) and v != "":
                 text = _place(v) if inner in ("root", "path") else str(v)
-                facts[f"{name} {inner}".replace("_", " ") if inner else name] = text[:300]
+                facts[f"{name} {inner}".replace("_", " ") if inner else name] = text[:600]
     facts["folder"] = _place(run.path)
     if run.modified:
         facts["last written"] = f"{run.modified:%Y-%m-%d %H:%M} UTC"
