@@ -8,6 +8,7 @@ import json
 import os
 import random
 import re
+import shutil
 import signal
 import socket
 import sys
@@ -428,9 +429,12 @@ def test_killed_at_random_moments(tmp_path):
         _, status = os.waitpid(child, 0)
         if not os.WIFSIGNALED(status):
             assert os.waitstatus_to_exitcode(status) == 0
-            break
-        kills += 1
-    assert kills
+            if kills:
+                break
+            shutil.rmtree(tmp_path / "b")  # it was faster than the first run; once more, with less patience
+            took /= 2
+        else:
+            kills += 1
     for which in (name, base):
         old, new = (tmp_path / run_of / "tiny" / which / "seed0" for run_of in "ab")
         assert comparable(new)[1:] == comparable(old)[1:]
