@@ -56,13 +56,13 @@ INTRO = """# A recipe of each system on CIFAR-10, shortened
 
 Written by `python -m bench.e2e.recipes_cifar10` from [recipes_cifar10/rows.jsonl](recipes_cifar10/rows.jsonl); curves,
 widths, importances and costs of a step: [recipes_cifar10/report.html](recipes_cifar10/report.html), the page of
-`fastprune report` (save it and open it; it needs nothing else).
+`fastprune report`. It needs no other file: save it, open it.
 
 These runs show that every system's recipe does on real images what it should. They do not repeat the published numbers:
 training sees a few epochs of a part of the images, where the authors' networks see 160 to 200 epochs of all. The images
-are CIFAR-10 as JPEG of quality 75; by how much that lowers an accuracy was not measured, only that it does. All test
-images stand for as many as `data.limit` says, at most 10,000. One seed. The schedules in full, against the published
-numbers, on a GPU: not yet measured.
+are CIFAR-10 as JPEG of quality 75, on which networks come out a little lower; by how much was not measured. One seed.
+Seconds are of training without the tests, on a machine that did other work, too. The schedules in full, against the
+published numbers, on a GPU: not yet measured.
 """
 
 
@@ -178,7 +178,8 @@ def section(run: dict, result: dict) -> list[str]:
     if published := result["published"]:
         known = {"dense_acc": "dense {:.2%}", "acc": "accuracy {:.2%}", "speedup": "MACs {}x fewer"}
         words = [form.format(published[key]) for key, form in known.items() if key in published]
-        text.append(f"- published, full schedule ({published['where']}): {', '.join(words)}")
+        whose = "of its own network on its own images" if "model.name" in changes else "by the schedule in full"
+        text.append(f"- published, {whose} ({published['where']}): {', '.join(words)}")
     return text
 
 
@@ -187,9 +188,13 @@ def line(block: dict) -> str:
     words.append(f"accuracy {percent(block['acc_before'])} before, {percent(block['acc'])} after")
     words.append(f"{block['macs'] / 1e6:.2f} M MACs, {block['params'] / 1e3:.1f} k parameters")
     if kept := block.get("channels"):
-        same = itertools.groupby(kept.values())
-        words.append("channels kept: " + ", ".join(f"{len(list(g))} x {n} of {of}" for (n, of), g in same))
+        groups = [(of, [n for n, _ in same]) for of, same in itertools.groupby(kept.values(), lambda pair: pair[1])]
+        words.append("channels kept: " + ", ".join(f"{len(n)} x {span(n)} of {of}" for of, n in groups))
     return ", ".join(words)
+
+
+def span(values: list[int]) -> str:
+    return str(values[0]) if len(set(values)) == 1 else f"({min(values)} to {max(values)})"
 
 
 if __name__ == "__main__":
