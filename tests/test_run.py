@@ -302,8 +302,8 @@ def test_nothing_is_written_when_the_data_is_missing(tmp_path, capsys):
         ),
         (["run", "rni/readme-train", "--set", "train"], "--set: expected key=value"),
         (["run", "none.yaml"], "cannot read recipe none.yaml"),
-        (["run", "fisher/wrn-reduced-depth16", "--tiny", "--set", "data.options.size=x"], "data.options: "),
-        (["run", "fisher/wrn-reduced-depth16", "--tiny", "--set", "model.options.depth=x"], "model.options: "),
+        (["run", "fisher/wrn-reduced-depth16", "--tiny", "--set", "data.options.size=x"], "size: expected int"),
+        (["run", "fisher/wrn-reduced-depth16", "--tiny", "--set", "model.options.depth=x"], "depth: expected int"),
         (
             ["run", "fisher/wrn-reduced-depth16", "--tiny", "--device", "cpu", "--set", "engine.cuda_graph=true"],
             "cuda_graph=True expects a model on a CUDA device, got one on cpu",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import math
 import types
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import MISSING, dataclass, field, fields, is_dataclass
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
@@ -253,6 +253,11 @@ def _check(recipe: Recipe, file: str) -> None:
     def known(path: str, name: str, names: Iterable[str]) -> None:
         need(path, name in names, f"unknown name {name!r}{did_you_mean(name, names)}")
 
+    def fit(path: str, options: Mapping[str, Any], hints: Mapping[str, str]) -> None:
+        for key, value in options.items():
+            known(f"{path}.{key}", key, hints)
+            need(f"{path}.{key}", _has_type(value, hints[key]), f"expected {hints[key]}, got {value!r}")
+
     parts = recipe.name.split("/")
     need("name", not {"", ".", ".."} & {*parts}, f"expected the name of a folder below --out, got {recipe.name!r}")
     need("seed", 0 <= recipe.seed < 2**62, f"expected 0 or more and less than 2**62, got {recipe.seed}")
@@ -261,14 +266,11 @@ def _check(recipe: Recipe, file: str) -> None:
     need("base.recipe", not own, "expected another recipe, got this one itself")
     known("data.name", recipe.data.name, {*data.DATASETS, "imagenet"})
     if loader := data.DATASETS.get(recipe.data.name):
-        options = {p for p in inspect.signature(loader).parameters if p != "root"}
-        for key in recipe.data.options:
-            known(f"data.options.{key}", key, options)
+        fit("data.options", recipe.data.options, {k: v for k, v in _annotations(loader).items() if k != "root"})
     need("data.limit", recipe.data.limit is None or recipe.data.limit > 0, "expected 1 or more")
     ours = models.MODELS.get(recipe.model.name)
     if ours is not None:
-        for key in recipe.model.options:
-            known(f"model.options.{key}", key, inspect.signature(ours).parameters)
+        fit("model.options", recipe.model.options, _annotations(ours))
         need("model.weights", recipe.model.weights is None, f"{recipe.model.name} has no published weights; give base")
     else:
         known("model.name", recipe.model.name, models.list_models())
@@ -306,7 +308,11 @@ def _check(recipe: Recipe, file: str) -> None:
             need(f"{name}.options", not phase.options, f"they are a method's, and {name}.method is missing")
             continue
         known(f"{name}.method", phase.method, methods.METHODS)
-        options = {f.name: f.type for f in fields(methods.METHODS[phase.method].Options)}
-        for key, value in phase.options.items():
-            known(f"{name}.options.{key}", key, options)
-            need(f"{name}.options.{key}", _has_type(value, options[key]), f"expected {options[key]}, got {value!r}")
+        of_method = {f.name: f.type for f in fields(methods.METHODS[phase.method].Options)}
+        fit(f"{name}.options", phase.options, of_method)
+
+
+def _annotations(fn: Callable[..., Any]) -> dict[str, str]:
+    """What each parameter must be, in words; anything, where ``fn`` does not say."""
+    found = {name: p.annotation for name, p in inspect.signature(fn).parameters.items()}
+    return {name: hint if isinstance(hint, str) else "Any" for name, hint in found.items()}
