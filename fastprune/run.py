@@ -28,7 +28,7 @@ import fastprune as fp
 from fastprune import checkpoint, data, methods, models, parallel, recipes
 from fastprune.compact import compact
 from fastprune.data import ImageSet, example_of
-from fastprune.errors import DataError, in_a_line
+from fastprune.errors import DataError, TrainingError, in_a_line
 from fastprune.flops import flops
 from fastprune.methods.base import Method
 from fastprune.methods.greg import GrowingMethod
@@ -39,7 +39,7 @@ from fastprune.recipes import Recipe
 from fastprune.recipes.schema import Pruning, Schedule, Training
 from fastprune.train import MetricsLog, evaluate, fit, from_scratch, param_groups
 from fastprune.train.metrics import summary_writer
-from fastprune.train.resume import replace_file
+from fastprune.train.resume import remedy, replace_file
 from fastprune.train.step import Settings
 
 FORMAT = 1
@@ -714,12 +714,17 @@ def _drop(path: Path, gone: Callable[[dict[str, Any]], bool]) -> None:
         rows = MetricsLog.read(path)
         stay = [row for row in rows if not gone(row)]
         if len(stay) < len(rows) or not path.read_bytes().endswith(b"\n"):
-            _write(path, "".join(json.dumps(row) + "\n" for row in stay))
+            replace_file(path, "".join(json.dumps(row) + "\n" for row in stay).encode())
 
 
 def _write(path: Path, text: str) -> None:
     """In one step, so that a kill leaves the old file or the new one."""
-    replace_file(path, text.encode())
+    try:
+        replace_file(path, text.encode())
+    except OSError as error:
+        raise TrainingError(
+            f"run: cannot write {path} ({error.strerror}); {remedy(error)}, and the same command with --resume goes on"
+        ) from error
 
 
 def _read_json(path: Path) -> Any:

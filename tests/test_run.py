@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import json
 import os
@@ -21,6 +22,7 @@ import torch
 
 import fastprune as fp
 from fastprune import cli, parallel, recipes, run
+from fastprune.errors import TrainingError
 from fastprune.train import MetricsLog, evaluate
 
 QUIET = {"device": "cpu", "tiny": True, "progress": False, "say": lambda line: None}
@@ -369,6 +371,23 @@ def test_a_row_that_found_no_room_is_written_once_and_with_its_own_histograms(fa
     assert [r["epoch"] for r in MetricsLog.read(log.path)] == [0, 1]
     seen = [(r["epoch"], r["group"], r["edges"][0]) for r in MetricsLog.read(log.histograms.path)]
     assert seen == [(0, "a", 0.0), (0, "b", 0.0), (1, "a", 10.0), (1, "b", 10.0)]
+
+
+def test_a_result_that_finds_no_room_keeps_the_old_one_and_says_how_to_go_on(tmp_path, monkeypatch):
+    run._write_json(tmp_path / "result.json", {"phases": {}})
+
+    def full(fd):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", full)
+    said = r"^run: cannot write .*result.json \(No space left on device\); make room, and .* --resume goes on$"
+    with pytest.raises(TrainingError, match=said):
+        run._write_json(tmp_path / "result.json", {"phases": {"train": {}}})
+    assert [path.name for path in tmp_path.iterdir()] == ["result.json"]
+    assert run._read_json(tmp_path / "result.json") == {"phases": {}}
+    (tmp_path / "result.json").write_text('{"phases": ')
+    with pytest.raises(ValueError, match="is damaged; remove its folder, or put a copy of the file back"):
+        run._read_json(tmp_path / "result.json")
 
 
 def test_three_processes_have_the_same_example(monkeypatch):
