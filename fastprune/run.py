@@ -143,11 +143,6 @@ def folder(recipe: Recipe, tiny: bool, runs: str | Path = "runs") -> Path:
 
 
 def load_data(recipe: Recipe, root: str | Path | None, device: torch.device | str = "cpu") -> ImageSet:
-    if recipe.data.name not in data.DATASETS:
-        raise DataError(
-            f"{recipe.data.name}: this version cannot read it; --tiny and --dry-run work without, and "
-            "--set data.name=imagefolder reads folders of images"
-        )
     options = {key: value for key, value in asdict(recipe.data).items() if key not in ("name", "options")}
     with in_a_line("data.options"):
         try:
@@ -494,8 +489,9 @@ class Run:
         method = make_method(phase, model, self.example) if phase.method else _holder(model, self.example, holds)
         optimizer = make_optimizer(phase, model)
         board = self.out / "tensorboard" / name if self.tensorboard and parallel.rank() == 0 else None
-        log = PhaseLog(self.out, name, method if phase.method else None, r.importances_every, phase.epochs, board)
         epochs = epochs_of(phase, method, len(loaders.train))
+        every = r.importances_every or max(1, epochs // 20)
+        log = PhaseLog(self.out, name, method if phase.method else None, every, phase.epochs, board)
         history = []
         if epochs:
             history = fit(
@@ -671,8 +667,7 @@ class PhaseLog(MetricsLog):
     ) -> None:
         super().__init__(out / "metrics.jsonl", tensorboard)
         self.histograms = MetricsLog(out / "importances.jsonl")
-        self.phase, self.method, self.epochs = phase, method, epochs
-        self.every = every or max(1, (epochs or 100) // 20)
+        self.phase, self.method, self.every, self.epochs = phase, method, every, epochs
         self.unsure = True  # a resumed phase does some epochs again, and a full disk may have left half of them
         self.made: dict[int, list[dict[str, Any]]] = {}  # epoch to histograms that are not on the disk yet
 

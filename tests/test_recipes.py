@@ -261,7 +261,7 @@ ANY = "greg/resnet56-cifar10-greg1-0.5"
         ({"name": "../../elsewhere"}, "name: expected the name of a folder below --out, got '../../elsewhere'"),
         ({"seed": -1}, "seed: expected 0 or more and less than 2**62, got -1"),
         ({"importances_every": -2}, "importances_every: expected 0 or more, got -2"),
-        ({"base": ANY}, "base.recipe: expected another recipe, got this one itself"),
+        ({"base": ANY}, f"base: it starts from itself: {ANY} <- {ANY}"),
         ({"finetune.momentum": -1}, "finetune.momentum: expected 0 or more, got -1"),
         ({"finetune.weight_decay": -1}, "finetune.weight_decay: expected 0 or more, got -1"),
         ({"finetune.momentum": 0, "finetune.nesterov": True}, "finetune.nesterov: finetune.momentum must be above 0"),
@@ -307,6 +307,7 @@ def test_unknown_recipe():
     "text, says",
     [
         ("a: [1", "no valid YAML"),
+        ("a: " + 5000 * "[" + 5000 * "]", "no valid YAML"),
         ("a: 1\na: 2", "'a' is there twice"),
         ("- 1", "expected keys and values, got list"),
         ("data: {name: cifar10}", "own.yaml: source: missing"),
@@ -320,6 +321,13 @@ def test_own_files(tmp_path, text, says):
     assert says in str(error.value)
     with pytest.raises(ValueError, match="cannot read recipe"):
         recipes.load(str(tmp_path / "none.yaml"))
+
+
+def test_own_files_that_start_from_each_other(tmp_path):
+    for name, base in (("a", "b"), ("b", "a")):
+        (tmp_path / f"{name}.yaml").write_text(f"source: {{paper: none}}\nbase: {{recipe: {base}.yaml}}\n")
+    with pytest.raises(ValueError, match=r"it starts from itself: .*a\.yaml <- .*b\.yaml <- .*a\.yaml"):
+        recipes.load(str(tmp_path / "a.yaml"))
 
 
 def test_set_reads_yaml():

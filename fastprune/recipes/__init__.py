@@ -49,7 +49,7 @@ _Loader.add_implicit_resolver(
 def _yaml(text: str, where: str) -> Any:
     try:
         return yaml.load(text, _Loader)
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, RecursionError) as error:
         raise ValueError(f"{where}: no valid YAML: {' '.join(str(error).split())}") from error
 
 
@@ -96,12 +96,18 @@ def load(name: str, *, tiny: bool = False, changes: Mapping[str, Any] | None = N
 
 
 def raw_recipe(
-    name: str, *, tiny: bool = False, changes: Mapping[str, Any] | None = None
+    name: str, *, tiny: bool = False, changes: Mapping[str, Any] | None = None, start_of: tuple[str, ...] = ()
 ) -> tuple[dict[str, Any], str]:
     """The dict behind :func:`load`, not yet checked, and what errors call it.
 
     Data and model are those of the ``base``, where the recipe does not name others.
+
+    Args:
+        start_of: The recipes that start from this one, directly or by others.
     """
+    chain = (*start_of, str(Path(name).resolve()) if _is_path(name) else name)
+    if chain[-1] in start_of:
+        raise ValueError(f"recipe {chain[0]}: base: it starts from itself: {' <- '.join(chain)}")
     raw, where = _own_file(name) if _is_path(name) else _shipped(name)
     if isinstance(raw.get("base"), str):
         raw["base"] = {"recipe": raw["base"]}
@@ -117,7 +123,7 @@ def raw_recipe(
         put(raw, key, value, "--set")
     base = {"recipe": raw["base"]} if isinstance(raw.get("base"), str) else raw.get("base")  # by --set
     if isinstance(base, Mapping) and isinstance(base.get("recipe"), str):
-        inherited, _ = raw_recipe(base.get("recipe"), tiny=tiny, changes=base.get("set"))
+        inherited, _ = raw_recipe(base["recipe"], tiny=tiny, changes=base.get("set"), start_of=chain)
         for key in ("data", "model"):  # before other changes: --set data.name=... keeps the base's mean and std
             own = raw.get(key, {})
             if isinstance(own, Mapping) and "name" not in own:

@@ -262,11 +262,9 @@ def _check(recipe: Recipe, file: str) -> None:
     need("name", not {"", ".", ".."} & {*parts}, f"expected the name of a folder below --out, got {recipe.name!r}")
     need("seed", 0 <= recipe.seed < 2**62, f"expected 0 or more and less than 2**62, got {recipe.seed}")
     need("importances_every", recipe.importances_every >= 0, f"expected 0 or more, got {recipe.importances_every}")
-    own = recipe.base is not None and recipe.base.recipe == recipe.name
-    need("base.recipe", not own, "expected another recipe, got this one itself")
-    known("data.name", recipe.data.name, {*data.DATASETS, "imagenet"})
-    if loader := data.DATASETS.get(recipe.data.name):
-        fit("data.options", recipe.data.options, {k: v for k, v in _annotations(loader).items() if k != "root"})
+    known("data.name", recipe.data.name, data.DATASETS)
+    options = _annotations(data.DATASETS[recipe.data.name])
+    fit("data.options", recipe.data.options, {key: value for key, value in options.items() if key != "root"})
     need("data.limit", recipe.data.limit is None or recipe.data.limit > 0, "expected 1 or more")
     ours = models.MODELS.get(recipe.model.name)
     if ours is not None:
@@ -291,7 +289,7 @@ def _check(recipe: Recipe, file: str) -> None:
             need("prune.method", phase.method is not None, f"missing; expected one of {', '.join(methods.METHODS)}")
         need(f"{name}.epochs", (phase.epochs or 0) >= (name != "prune"), f"expected 1 or more, got {phase.epochs}")
         need(f"{name}.batch_size", phase.batch_size > 0, f"expected 1 or more, got {phase.batch_size}")
-        need(f"{name}.lr", phase.lr > 0, f"expected above 0, got {phase.lr:g}")
+        need(f"{name}.lr", 0 < phase.lr < float("inf"), f"expected a number above 0, got {phase.lr:g}")
         for key in ("momentum", "weight_decay"):
             need(f"{name}.{key}", getattr(phase, key) >= 0, f"expected 0 or more, got {getattr(phase, key):g}")
         need(f"{name}.nesterov", not phase.nesterov or phase.momentum > 0, f"{name}.momentum must be above 0 with it")
