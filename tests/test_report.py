@@ -272,6 +272,11 @@ def test_tiny_and_changed_runs_are_not_held_against_papers(folder, tmp_path):
     text = text_of(out, tmp_path)
     assert "tiny form, for trials" in text and "changed: train.epochs=1" in text
     assert "90.00 ± 1.00" in text and not re.search(r"[+-]\d+\.\d\d ", text.partition("90.00 ± 1.00")[2][:60])
+    many = {f"train.number{i}": [i, None] for i in range(9)}
+    text = text_of(change(folder, tmp_path / "2", run_json=json.dumps(about | {"set": many})), tmp_path)
+    names = [f"train.number{i}=[{i}, null]" for i in range(9)]
+    assert f"changed: {', '.join(names[:3])}, " in text and f"changed: {', '.join(names)}" not in text
+    assert " … " in text and f"changed {', '.join(names)} " in text  # whole among the facts at the end
 
 
 def test_dense_cost_from_the_run_it_began_with(folder, tmp_path):

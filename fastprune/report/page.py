@@ -29,8 +29,8 @@ LAYER_BINS = 24
 UNKNOWN = "\N{EN DASH}"
 FACTS = (  # of run.json and of the calls' first row, in the order shown
     "command", "source", "fastprune", "commit", "torch", "python", "device", "device_name", "threads", "dataset",
-    "data", "arch", "method", "prune_pc", "reg_weight", "b", "epochs", "lr", "batch_size", "precision", "base",
-    "started",
+    "data", "changed", "arch", "method", "prune_pc", "reg_weight", "b", "epochs", "lr", "batch_size", "precision",
+    "base", "started",
 )  # fmt: skip
 
 

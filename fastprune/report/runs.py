@@ -11,6 +11,7 @@ import json
 import math
 import os
 import re
+import textwrap
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -329,8 +330,9 @@ def _read_about(run: Run, about: dict[str, Any]) -> None:
     if about.get("tiny") is True:
         run.remarks.append("tiny form, for trials")
     if isinstance(changes := about.get("set"), dict) and changes:
-        short = (f"{key}={v}" if isinstance(v, str | int | float) else str(key) for key, v in changes.items())
-        run.remarks.append(f"changed: {', '.join(short):.80}")
+        short = (f"{key}={v if isinstance(v, str) else json.dumps(v)}" for key, v in changes.items())
+        run.facts["changed"] = ", ".join(short)
+        run.remarks.append(f"changed: {textwrap.shorten(run.facts['changed'], 90, placeholder=' …')}")
     run.published = about["published"] if isinstance(about.get("published"), dict) else {}
 
 
