@@ -72,7 +72,7 @@ def stop_after(calls):
 
 
 def test_killed_runs_end_as_the_uninterrupted_one():
-    command = [sys.executable, "-m", "bench.kill_resume", "--kills", "3", "--out", "-"]
+    command = [sys.executable, "-m", "bench.kill_resume", "--kills", "3", "--recipe-kills", "0", "--out", "-"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stdout + done.stderr
     assert "**3 of 3**" in done.stdout
