@@ -460,7 +460,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stdout.flush()  # a closed pipe shows here, not when Python exits
         return code
     except KeyboardInterrupt:
-        print("fastprune: interrupted", file=sys.stderr)
+        print(f"fastprune: interrupted{'; --resume continues the run' * ('run' in argv[:1])}", file=sys.stderr)
         return 130
     except BrokenPipeError:  # fastprune list | head
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains again when it exits

@@ -101,6 +101,8 @@ def test_interrupt(capsys, monkeypatch):
 
     monkeypatch.setitem(cli.COMMANDS, "list", cli.COMMANDS["list"]._replace(run=interrupt))
     assert call(capsys, "list") == (130, "", "fastprune: interrupted\n")
+    monkeypatch.setitem(cli.COMMANDS, "run", cli.COMMANDS["run"]._replace(run=interrupt))
+    assert call(capsys, "run", "x") == (130, "", "fastprune: interrupted; --resume continues the run\n")
 
 
 def test_bug_is_not_hidden(monkeypatch):
