@@ -687,7 +687,10 @@ class PhaseLog(MetricsLog):
         if epoch not in self.made:
             self.made[epoch] = []
             for group, scores in (self.scored() if self.method is not None else {}).items():
-                counts, edges = torch.histogram(scores.detach().double().cpu(), BINS)
+                scores = scores.detach().double().cpu()
+                if not scores.isfinite().all():  # of weights that the next checkpoint will refuse, in a line
+                    continue
+                counts, edges = torch.histogram(scores, BINS)
                 row = {"phase": self.phase, "epoch": epoch, "step": step, "group": group}
                 self.made[epoch].append(row | {"edges": edges.tolist(), "counts": counts.long().tolist()})
         if self.unsure:

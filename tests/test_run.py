@@ -208,6 +208,24 @@ def test_a_base_of_another_recipe_is_named(tmp_path):
     assert not run.folder(recipes.load("rni/vgg16-cifar10-ucs-0.9", tiny=True), True, tmp_path).exists()
 
 
+def test_weights_that_are_not_finite_end_the_run_and_leave_what_was(tmp_path, capsys):
+    argv = ["run", "rni/vgg16-cifar10-l1-train", "--tiny", "--device", "cpu", "--out", str(tmp_path)]
+    assert cli.main([*argv, "--set", "train.lr=1e30"]) == 1
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1 and re.search("not finite|loss is nan", err) and "lower the learning rate" in err
+    out = tmp_path / "tiny/rni/vgg16-cifar10-l1-train/seed0"
+    assert f"{out / 'train.pt'} holds the run at step 0 of epoch 0" in err and (out / "train.pt").exists()
+    assert not list(out.glob("dense*")) and json.loads((out / "run.json").read_text())["set"]["train.lr"] == 1e30
+
+
+def test_scores_that_are_not_finite_have_no_histogram(tmp_path):
+    scores = {"a": torch.tensor([1.0, float("nan")]), "b": torch.arange(4.0)}
+    method = types.SimpleNamespace(finished=False, scores=lambda: scores)
+    log = run.PhaseLog(tmp_path, "train", method, 1, 9)
+    log.write({"epoch": 0, "step": 4})
+    assert [row["group"] for row in MetricsLog.read(log.histograms.path)] == ["b"]
+
+
 def test_pruning_cut_short_says_so(tmp_path):
     said = []
     changes = {"prune.epochs": 1, "base.set": {"train.lr": 0.01}}
