@@ -31,7 +31,7 @@ class _Parser(argparse.ArgumentParser):
 class Command(NamedTuple):
     help: str
     run: Callable[[argparse.Namespace], int]
-    options: dict[str, dict[str, Any]]  # name or flag: keywords of add_argument
+    options: dict[str, dict[str, Any]]  # name, or flags: keywords of add_argument
     example: str = ""  # shown below the help
 
 
@@ -242,7 +242,7 @@ COMMANDS = {
                 "help": "change the recipe, such as prune.ratio=0.7 (repeatable)",
             },
             "--seed": {"type": int, "metavar": "N", "help": "of every random choice (the recipe's)"},
-            "--data": {"type": Path, "metavar": "DIR", "help": "folder of the data set"},
+            "--data --root": {"type": Path, "metavar": "DIR", "help": "folder of the data set"},
             "--out": {
                 "type": Path,
                 "default": Path("runs"),
@@ -273,7 +273,7 @@ COMMANDS = {
                 "metavar": "NAME",
                 "help": "see fastprune list datasets (%(default)s)",
             },
-            "--root": {"type": Path, "metavar": "DIR", "help": "folder of the data set"},
+            "--root --data": {"type": Path, "metavar": "DIR", "help": "folder of the data set"},
             "--name": {"metavar": "TEXT", "help": "what the report calls the data (the folder's name)"},
             "--arch": {"default": "resnet20", "metavar": "NAME", "help": "see fastprune list models (%(default)s)"},
             "--epochs": {"type": _count, "default": 10, "metavar": "N", "help": "of training (%(default)s)"},
@@ -325,7 +325,7 @@ COMMANDS = {
                 "metavar": "NAME",
                 "help": "see fastprune list datasets; imagefolder for your own images",
             },
-            "--root": {"type": Path, "metavar": "DIR", "help": "folder of the data set"},
+            "--root --data": {"type": Path, "metavar": "DIR", "help": "folder of the data set"},
             "--set": {
                 "type": _option,
                 "action": "append",
@@ -438,7 +438,7 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
         sub.set_defaults(run=command.run)
         sub.add_argument("--traceback", action="store_true", default=argparse.SUPPRESS, help=argparse.SUPPRESS)
         for option, keywords in command.options.items():
-            sub.add_argument(option, **keywords)
+            sub.add_argument(*option.split(), **keywords)
 
     asked = next((arg for arg in argv if not arg.startswith("-")), None)
     if asked and asked not in COMMANDS:

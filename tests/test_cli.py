@@ -6,6 +6,7 @@ import itertools
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -40,6 +41,13 @@ def test_help(capsys, command):
     for option, keywords in cli.COMMANDS[command].options.items():
         assert keywords.get("metavar", option) in out or option == "what"  # argparse shows its choices
     assert f"example: fastprune {command}" in " ".join(out.split())
+
+
+def test_the_folder_of_a_data_set_goes_by_both_names():
+    for name in ("--data", "--root"):
+        assert cli._parse(["run", "x", name, "d"]).data == Path("d")
+        assert cli._parse(["oracle", name, "d"]).root == Path("d")
+        assert cli._parse(["eval", "x", "--dataset", "digits", name, "d"]).root == Path("d")
 
 
 def test_examples_parse():
