@@ -368,9 +368,14 @@ def load(
     Returns: The network, in the mode that ``model_fn`` left it in.
 
     Raises:
+        ValueError: ``model_fn`` makes no network, or ``map_location`` is no device.
         CheckpointError: The file is missing, damaged, foreign or of a newer format, or does not fit the network: one
             sentence says which.
     """
+    try:
+        device = None if map_location is None else torch.device(map_location)
+    except (RuntimeError, TypeError) as error:
+        raise ValueError(f"load: expected map_location to be a device such as 'cpu', got {map_location!r}") from error
     with _opened(path) as file:
         header = _Header(file)
         document = header.document
@@ -396,7 +401,7 @@ def load(
             m._look_up()
     if document["architecture"] is not None:
         model._architecture = document["architecture"]
-    return model if map_location is None else model.to(map_location)
+    return model if device is None else model.to(device)
 
 
 @contextmanager

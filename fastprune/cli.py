@@ -15,6 +15,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
+import torch
+
 import fastprune
 from fastprune.errors import FastpruneError, did_you_mean
 
@@ -158,13 +160,12 @@ def _criterion(text: str) -> str:
 
 
 def _device(text: str) -> str:
-    import torch
-
     try:
         if torch.empty(0, device=text).is_meta:
             raise RuntimeError("it holds no numbers")
     except (RuntimeError, AssertionError) as error:
-        raise argparse.ArgumentTypeError(f"no device {text!r} here: {str(error).partition(chr(10))[0]}") from error
+        why = str(error).partition("\n")[0].partition(". ")[0]  # PyTorch goes on for a thousand characters
+        raise argparse.ArgumentTypeError(f"no device {text!r} here: {why}") from error
     return text
 
 
@@ -465,11 +466,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # fastprune list | head
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains again when it exits
         return 141
-    except (FastpruneError, ValueError, OSError) as error:
+    except (FastpruneError, ValueError, OSError, torch.OutOfMemoryError) as error:
         if "--traceback" in argv:
             raise
         text = str(error)
         if isinstance(error, OSError) and error.filename is not None and error.strerror:
             text = f"{error.filename}: {error.strerror}"
+        elif isinstance(error, torch.OutOfMemoryError):
+            text = f"the GPU has too little memory ({text.partition('. ')[0]}); lower the batch size, or free the GPU"
         print(f"fastprune: error: {' '.join(text.split())}", file=sys.stderr)
         return 2 if isinstance(error, UsageError) else 1

@@ -186,10 +186,11 @@ def latency(
         repeats: Rounds that count; None: as many as take about a second, 7 to 50.
 
     Raises:
-        ValueError: Inputs that are not on a CPU or a CUDA device, ``repeats`` below 1, or ``compare`` is ``model``.
+        ValueError: Inputs that are not on a CPU or a CUDA device, ``repeats`` that is no number of at least 1, or
+            ``compare`` is ``model``.
     """
-    if repeats is not None and repeats < 1:
-        raise ValueError(f"latency: expected repeats of at least 1, got {repeats}")
+    if repeats is not None and (not isinstance(repeats, int) or repeats < 1):
+        raise ValueError(f"latency: expected repeats of at least 1, got {repeats!r}")
     if compare is model:
         raise ValueError(
             "latency: expected compare to be the model before pruning, got the model itself; compact works in "

@@ -283,6 +283,13 @@ def test_norms_and_gates_that_are_gone_are_left_out_of_a_recorded_network(tmp_pa
     assert_same(model, fp.load(tmp_path / "x"))
 
 
+@pytest.mark.parametrize("device", ["foo", 1.5])
+def test_a_device_that_is_none(tmp_path, device):
+    fp.save(small(make_odd()), tmp_path / "x")
+    with pytest.raises(ValueError, match=f"map_location to be a device such as 'cpu', got {device!r}"):
+        fp.load(tmp_path / "x", make_odd, map_location=device)
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_devices(tmp_path):
     model = small(make_odd())

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 import fastprune
 from fastprune import backends, cli, doctor, quickstart
@@ -111,6 +112,17 @@ def test_interrupt(capsys, monkeypatch):
     assert call(capsys, "list") == (130, "", "fastprune: interrupted\n")
     monkeypatch.setitem(cli.COMMANDS, "run", cli.COMMANDS["run"]._replace(run=interrupt))
     assert call(capsys, "run", "x") == (130, "", "fastprune: interrupted; --resume continues the run\n")
+
+
+def test_a_gpu_that_is_too_small(capsys, monkeypatch):
+    def allocate(args):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has")
+
+    monkeypatch.setitem(cli.COMMANDS, "list", cli.COMMANDS["list"]._replace(run=allocate))
+    says = (
+        "fastprune: error: the GPU has too little memory (CUDA out of memory); lower the batch size, or free the GPU\n"
+    )
+    assert call(capsys, "list") == (1, "", says)
 
 
 def test_bug_is_not_hidden(monkeypatch):

@@ -167,6 +167,8 @@ def test_the_table_is_aligned():
 
 
 def test_what_cannot_be_timed():
+    with pytest.raises(ValueError, match="repeats of at least 1, got '2'"):
+        fp.latency(conv_net(4), X, repeats="2")
     with pytest.raises(ValueError, match="repeats of at least 1, got 0"):
         fp.latency(conv_net(4), X, repeats=0)
     with pytest.raises(ValueError, match="inputs on a CPU or a CUDA device, got meta"):
