@@ -399,8 +399,9 @@ class Run:
         self._remove("start.safetensors")  # dense.safetensors has the same shape
 
     def _remove(self, name: str) -> None:
-        if parallel.rank() == 0:
-            (self.out / name).unlink(missing_ok=True)
+        path = self.out / name
+        if parallel.rank() == 0 and path.exists():  # a finished run may lie where nothing can be written
+            path.unlink()
 
     def _no_result(self) -> dict[str, Any]:
         r = self.recipe
