@@ -346,14 +346,33 @@ class Run:
         self.tiny, self.changes, self.progress, self.say = tiny, dict(changes), progress, say
 
     def check_same(self) -> None:
-        """A run in the folder must be one of this very recipe."""
-        path = self.out / "recipe.yaml"
-        if (self.out / "run.json").exists() and (was := recipes.load(str(path))) != self.recipe:
-            key = _first_difference(asdict(was), asdict(self.recipe))
+        """A run in the folder must be one of this very recipe, but for learning rates of phases that are not over."""
+        self.rates: dict[str, list[float]] = {}  # dotted key to the rate as it was and as it is to be
+        if not (self.out / "run.json").exists():
+            return
+        was, now = recipes.load(str(self.out / "recipe.yaml")), self.recipe
+        over = (_read_json(self.out / "result.json") or self._no_result())["phases"]
+        for name, phase in now.phases.items():
+            old = was.phases.get(name)
+            key = f"{name}.lr"
+            if old is not None and name not in over and old.lr != phase.lr and key in self.changes:  # not by omission
+                self.rates[key] = [old.lr, phase.lr]
+                was = replace(was, **{name: replace(old, lr=phase.lr)})
+        if was != now:
+            key = _first_difference(asdict(was), asdict(now))
             raise ValueError(
                 f"run: {self.out} holds a run of another recipe: {key}; give the same --set as then, "
                 "or --out another folder"
             )
+
+    def _note_rates(self) -> None:
+        """Write down that the run goes on by other learning rates."""
+        facts = _read_json(self.out / "run.json")
+        at = datetime.now(UTC).isoformat(timespec="seconds")
+        facts["rates"] = [*facts.get("rates", []), {"at": at, **self.rates}]
+        facts["set"] |= {key: new for key, (_, new) in self.rates.items()}
+        _write_json(self.out / "run.json", facts)
+        _write(self.out / "recipe.yaml", recipes.dump(self.recipe))
 
     def try_out(self, images: ImageSet) -> None:
         """Make once what the phases need: what is refused shows here, before a folder is made or a base trained."""
@@ -383,6 +402,11 @@ class Run:
             for name in ("metrics", "importances"):
                 (self.out / f"{name}.jsonl").touch()
             _write_json(self.out / "run.json", self._facts(base))
+        if self.rates:
+            if parallel.rank() == 0:
+                self._note_rates()
+            rates = ", ".join(f"{key} {old:g} -> {new:g}" for key, (old, new) in self.rates.items())
+            self.say(f"{self.recipe.name} goes on with other learning rates: {rates}")
         self.result = parallel.as_first_says(_read_json(path)) or self._no_result()
         first = self.out / f"{self._first()}.safetensors"
         if not parallel.as_first_says(bool(self.result["phases"]) or first.exists()):

@@ -218,6 +218,27 @@ def test_weights_that_are_not_finite_end_the_run_and_leave_what_was(tmp_path, ca
     assert not list(out.glob("dense*")) and json.loads((out / "run.json").read_text())["set"]["train.lr"] == 1e30
 
 
+def test_a_run_goes_on_with_a_lower_rate(tmp_path, capsys):
+    name = "rni/vgg16-cifar10-l1-train"
+    argv = ["run", name, "--tiny", "--device", "cpu", "--out", str(tmp_path), "--set"]
+    assert cli.main([*argv, "train.lr=1e30"]) == 1
+    capsys.readouterr()
+    for other in (["train.lr=0.05", "--set", "train.momentum=0.5"], ["seed=0"]):
+        assert cli.main([*argv, *other, "--resume"]) == 1
+        assert "holds a run of another recipe: train." in capsys.readouterr().err
+    assert cli.main([*argv, "train.lr=0.05", "--resume"]) == 0
+    assert f"{name} goes on with other learning rates: train.lr 1e+30 -> 0.05\n" in capsys.readouterr().out
+    out = tmp_path / "tiny" / name / "seed0"
+    facts, result, metrics, _ = read(out)
+    assert facts["rates"][0]["train.lr"] == [1e30, 0.05] and facts["set"]["train.lr"] == 0.05
+    assert result["finished"] and metrics[0]["lr"] == 0.05
+    assert recipes.load(str(out / "recipe.yaml")).train.lr == 0.05
+    straight = run.run(name, changes={"train.lr": 0.05}, runs=tmp_path / "b", **QUIET)
+    assert (straight / "dense.safetensors").read_bytes() == (out / "dense.safetensors").read_bytes()  # from step 0
+    assert cli.main([*argv, "train.lr=0.01", "--resume"]) == 1  # it is over
+    assert cli.main([*argv, "train.lr=0.05", "--resume"]) == 0 and read(out)[0] == facts
+
+
 def test_scores_that_are_not_finite_have_no_histogram(tmp_path):
     scores = {"a": torch.tensor([1.0, float("nan")]), "b": torch.arange(4.0)}
     method = types.SimpleNamespace(finished=False, scores=lambda: scores)

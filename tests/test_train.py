@@ -1,6 +1,7 @@
 """The loop learns, repeats itself, resumes and stops on nonsense; RNI's two calls do what their README says."""
 
 import inspect
+import itertools
 import json
 import math
 import time
@@ -134,6 +135,36 @@ def test_a_killed_run_resumes_bit_for_bit(name, tmp_path):
     assert same(model.state_dict(), whole.state_dict()) and same(history.best_state, expected.best_state)
     assert history.best == expected.best and [r["test_loss"] for r in history] == [r["test_loss"] for r in expected]
     assert [p.name for p in tmp_path.iterdir() if p.suffix == ".tmp"] == []
+
+
+SCHEDULES = {
+    "multistep": lambda optimizer: torch.optim.lr_scheduler.MultiStepLR(optimizer, [1, 3]),
+    "lambda": lambda optimizer: torch.optim.lr_scheduler.LambdaLR(optimizer, lambda epoch: 0.9**epoch),
+    "cosine": lambda optimizer: torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 5),
+    "none": lambda optimizer: None,
+}
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("tensor", [False, True])
+def test_a_resumed_run_takes_the_rates_that_the_optimizer_has_now(schedule, tensor, tmp_path):
+    def start(epochs, scale, **kwargs):
+        model = tiny()
+        groups = [{"params": [p], "lr": lr * scale} for p, lr in zip(model.parameters(), itertools.cycle([0.05, 0.2]))]
+        for group in groups if tensor else ():
+            group["lr"] = torch.tensor(group["lr"])
+        optimizer = torch.optim.SGD(groups, 0.1, momentum=0.9, foreach=False)
+        history = fit(
+            model, DIGITS.loaders(64), epochs=epochs, optimizer=optimizer, schedule=SCHEDULES[schedule](optimizer),
+            checkpoint=tmp_path / "last.pt", progress=False, **kwargs,
+        )  # fmt: skip
+        return [row["lr"] for row in history], [float(group["lr"]) for group in optimizer.param_groups]
+
+    rates, at_the_end = start(5, 1.0)
+    start(2, 1.0)
+    lower, also_at_the_end = start(5, 0.25, resume=True)
+    assert lower == pytest.approx([*rates[:2], *(rate / 4 for rate in rates[2:])], rel=1e-5)
+    assert also_at_the_end == pytest.approx([rate / 4 for rate in at_the_end], rel=1e-5)
 
 
 @pytest.mark.parametrize("save_takes_s, saved", [(0.0, [0, 1, 2, 3, 4]), (10.0, [0, 4])])

@@ -113,7 +113,8 @@ def fit(
             there.
         checkpoint_minutes: Time after which it is replaced within an epoch; None: never.
         keep_going: If a checkpoint or a row cannot be written, warn and train on, instead of stopping.
-        resume: Continue from ``checkpoint``, if it exists; on a CPU bit for bit as if uninterrupted.
+        resume: Continue from ``checkpoint``, if it exists; on a CPU bit for bit as if uninterrupted.  With an optimizer
+            of other learning rates than then, by these: the schedule goes on where it was.
         precision: ``"fp32"``, or for autocast ``"bf16"`` or ``"fp16"``.  The latter scales the loss, which methods that
             score by gradients refuse.
         channels_last: Bring model and images to this memory format.
@@ -173,6 +174,7 @@ class _Run:
         self.model, self.optimizer, self.schedule, self.method = model, optimizer, schedule, method
         self.train, self.test = data
         self.schedule_every, self.settings = schedule_every, settings
+        self.rates = [float(group.get("initial_lr", group["lr"])) for group in optimizer.param_groups]  # the caller's
         self.history = History()
         self.tally = _Tally()  # of the epoch that is going on
 
@@ -220,13 +222,29 @@ class _Run:
         self.history = History(saved["rows"])
         self.history.best, self.history.best_state = saved["best"], saved["best_state"]
         self.unlogged = self.history[len(self.history) - saved["unlogged"] :]
+        self._rescale(saved["rates"])
         self.tally.load_state_dict(saved["local"]["tally"])
         if self.log is not None and not over():  # what a run that is over has logged, others may have added to
             self.log.rewind(saved["log"])
 
+    def _rescale(self, then: list[float]) -> None:
+        """The file has brought its learning rates back; make them as much higher or lower as the caller's are now."""
+        ratios = [now / old if old else 1.0 for now, old in zip(self.rates, then, strict=True)]
+        if set(ratios) == {1.0}:
+            return
+        for group, ratio in zip(self.optimizer.param_groups, ratios, strict=True):
+            for key in ("lr", "initial_lr"):
+                if isinstance(group.get(key), Tensor):
+                    group[key].mul_(ratio)
+                elif key in group:
+                    group[key] *= ratio
+        if hasattr(self.schedule, "base_lrs"):
+            self.schedule.base_lrs = [lr * ratio for lr, ratio in zip(self.schedule.base_lrs, ratios, strict=True)]
+
     def save(self, must: bool) -> None:
         h = self.history
         state = {"rows": list(h), "best": h.best, "best_state": h.best_state, "unlogged": len(self.unlogged)}
+        state["rates"] = self.rates
         state |= {"local": {"tally": self.tally.state_dict()}}
         self.checkpoints.save(state, f"at step {self.tally.steps} of epoch {len(h)}", must)
 

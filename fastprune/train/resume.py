@@ -24,7 +24,7 @@ from fastprune.errors import CheckpointError, TrainingError
 from fastprune.train.metrics import MetricsLog
 
 KIND = b"fastprune training state "
-MAGIC = KIND + b"1\n"  # the layout's number; then the SHA-256 of what follows, in hex, and a newline
+MAGIC = KIND + b"2\n"  # the layout's number; then the SHA-256 of what follows, in hex, and a newline
 
 
 def replace_file(path: Path, *parts: bytes | memoryview) -> None:
