@@ -794,6 +794,7 @@ def test_growing_says_whether_the_papers_order_holds():
 def test_shortened_recipes_run_go_on_and_write_their_pages(tmp_path, monkeypatch, capsys):
     for name, changes in recipes_cifar10.RUNS.items():
         assert recipes.load(name, changes=recipes_cifar10.DATA | changes).name == name
+    assert recipes_cifar10.of_systems(["taylor"]) == ["greg/resnet56-cifar10-base", "taylor/resnet50-imagenet-72"]
     for i in range(40):
         folder = tmp_path / "images" / ("train" if i < 30 else "test") / "ab"[i % 2]
         folder.mkdir(parents=True, exist_ok=True)
