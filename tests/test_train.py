@@ -141,6 +141,18 @@ SCHEDULES = {
     "multistep": lambda optimizer: torch.optim.lr_scheduler.MultiStepLR(optimizer, [1, 3]),
     "lambda": lambda optimizer: torch.optim.lr_scheduler.LambdaLR(optimizer, lambda epoch: 0.9**epoch),
     "cosine": lambda optimizer: torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 5),
+    "one cycle": lambda optimizer: torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, [8 * float(group["lr"]) for group in optimizer.param_groups], 6
+    ),
+    "cyclic": lambda optimizer: torch.optim.lr_scheduler.CyclicLR(
+        optimizer,
+        [float(group["lr"]) for group in optimizer.param_groups],
+        [8 * float(group["lr"]) for group in optimizer.param_groups],
+        step_size_up=3,
+    ),
+    "sequential": lambda optimizer: torch.optim.lr_scheduler.SequentialLR(
+        optimizer, [SCHEDULES["lambda"](optimizer), SCHEDULES["cosine"](optimizer)], [3]
+    ),
     "none": lambda optimizer: None,
 }
 

@@ -233,13 +233,12 @@ class _Run:
         if set(ratios) == {1.0}:
             return
         for group, ratio in zip(self.optimizer.param_groups, ratios, strict=True):
-            for key in ("lr", "initial_lr"):
+            for key in ("lr", "initial_lr", "max_lr", "min_lr"):  # the last two are OneCycleLR's
                 if isinstance(group.get(key), Tensor):
                     group[key].mul_(ratio)
                 elif key in group:
                     group[key] *= ratio
-        if hasattr(self.schedule, "base_lrs"):
-            self.schedule.base_lrs = [lr * ratio for lr, ratio in zip(self.schedule.base_lrs, ratios, strict=True)]
+        _scale_schedule(self.schedule, ratios)
 
     def save(self, must: bool) -> None:
         h = self.history
@@ -391,6 +390,15 @@ def _grouped(batches: Batches, size: int) -> Iterator[list[tuple[Tensor, Tensor]
     iterator = iter(batches)
     while group := list(islice(iterator, size)):
         yield group
+
+
+def _scale_schedule(schedule: Any, ratios: list[float]) -> None:
+    """The rates that a schedule of PyTorch starts from, those inside SequentialLR and ChainedScheduler too."""
+    for key in ("base_lrs", "max_lrs"):
+        if hasattr(schedule, key):
+            setattr(schedule, key, [lr * ratio for lr, ratio in zip(getattr(schedule, key), ratios, strict=True)])
+    for inner in getattr(schedule, "_schedulers", ()):
+        _scale_schedule(inner, ratios)
 
 
 def _averaging(decay: float) -> Callable[[list[Tensor], list[Tensor], Tensor], None]:
